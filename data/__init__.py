@@ -1,0 +1,1 @@
+"""TFDS builders of the ultrasound data sets; installed as ``dilbert_jax.data``."""
