@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -172,3 +172,69 @@ def check(record: Record) -> None:
             fail("regions.box", region.box, "expected (ymin, xmin, ymax, xmax) within [0, 1]")
         if not 0 <= region.frame < len(frames):
             fail("regions.frame", region.frame, f"the clip has {len(frames)} frames")
+
+
+class EncodedFrames(tfds.decode.SkipDecoding):
+    """Leaves the frames as PNG bytes: ``as_data_source(..., decoders={"frames": EncodedFrames()})``.
+
+    A reader then decodes only the frames it samples. (``SkipDecoding`` itself does not cover sequences.)
+    """
+
+    def decode_batch_example_np(self, example: Any) -> Any:
+        return example
+
+
+def from_example(example: Mapping[str, Any], frame_indices: Sequence[int] | None = None) -> Record:
+    """Turns an example of ``as_data_source`` back into a ``Record``.
+
+    Args:
+      example: with frames as PNG bytes (``EncodedFrames``) or decoded, uint8 [T, H, W, 1].
+      frame_indices: frames to decode, in this order; all by default. Regions are renumbered to them, and
+        those of other frames are dropped.
+
+    Returns:
+      The record; ``frames`` is uint8 [len(frame_indices), H, W].
+
+    Raises:
+      ValueError: a frame index outside the clip.
+    """
+    stored = example["frames"]
+    indices = list(range(len(stored))) if frame_indices is None else [int(i) for i in frame_indices]
+    if not indices or min(indices) < 0 or max(indices) >= len(stored):
+        raise ValueError(f"frame indices {indices} asked of a clip of {len(stored)} frames")
+
+    def decode(frame: Any) -> np.ndarray:
+        return decode_png(frame) if isinstance(frame, bytes) else np.asarray(frame)[..., 0]
+
+    regions = example["regions"]
+    boxes = [
+        (int(frame), tuple(float(v) for v in box), _text(label))
+        for frame, box, label in zip(regions["frame"], regions["box"], regions["label"], strict=True)
+    ]
+    fps, spacing = float(example["fps"]), np.asarray(example["pixel_spacing_mm"], np.float64)
+    return Record(
+        study_id=_text(example["study_id"]),
+        group_id=_text(example["group_id"]),
+        frames=np.stack([decode(stored[i]) for i in indices]),
+        organ=_text(example["organ"]),
+        condition=_text(example["condition"]),
+        report=_text(example["report"]),
+        language=_text(example["language"]),
+        report_is_synthetic=bool(example["report_is_synthetic"]),
+        source=_text(example["source"]),
+        decoder=_text(example["decoder"]),
+        findings=tuple(_text(f) for f in example["findings"]),
+        regions=tuple(
+            Region(frame=new, box=box, label=label)  # type: ignore[arg-type]
+            for new, old in enumerate(indices)
+            for frame, box, label in boxes
+            if frame == old
+        ),
+        fps=None if np.isnan(fps) else fps,
+        pixel_spacing_mm=None if np.isnan(spacing).any() else (float(spacing[0]), float(spacing[1])),
+        official_split=_text(example["official_split"]),
+    )
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
