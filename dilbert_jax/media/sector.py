@@ -1,0 +1,167 @@
+"""De-identification: where the ultrasound image lies in the frame, and blanking of all else."""
+
+import numpy as np
+from PIL import Image, ImageDraw
+from scipy import ndimage
+from scipy.spatial import ConvexHull, QhullError
+
+from dilbert_jax.media.clip import WHOLE_IMAGE
+
+_WORKING_SIZE = 256  # longest side of the grid for the search, in cells
+_SAMPLED_FRAMES = 24
+_MIN_SIDE = 48  # pixels; smaller images hold no room for text beside a sector
+_DARKEST_BACKGROUND = 128  # a lighter flat area is saturated tissue
+_MIN_BACKGROUND = 0.02  # of all pixels; with less flat background there is nothing to blank
+_MIN_CONTRAST = 3  # grey levels inside speckle, between neighbouring cells
+_MIN_OFFSET = 1.5  # grey levels between the mean of a cell and the background
+_TEXT_WINDOW = 7  # cells, about a line of text
+_TEXT_DARK = (0.3, 0.97)  # share of background around strokes of text
+_TEXT_BRIGHT = 60  # grey levels of the strokes above the background
+_TEXT_STILL = 16  # grey levels; what changes more over the clip is no text
+_OPENING = 0.035  # of the shorter side: lines of text are thinner than twice this
+_EDGE = 5  # cells that the opening and the text window take off a tissue edge
+_REACH = 24  # cells within which scattered echoes away from text belong to the tissue
+_MIN_PART = 0.1  # of the largest part: a second image of a split screen is larger, a logo smaller
+_MIN_AREA = 0.08  # of the frame
+_MAX_OUTSIDE = 0.35  # of the echoes: more than this outside the sector means that it was not found
+
+
+def blank_outside(
+    frames: np.ndarray, regions: tuple[tuple[int, int, int, int], ...] = ()
+) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+    """Set every pixel outside the calibrated regions, or else outside the detected scan sector, to 0.
+
+    Where no sector can be told from its surroundings the frames stay as they are, since tissue must not be lost.
+
+    Args:
+        frames: uint8 [T, H, W].
+        regions: calibrated pixel boxes (y0, x0, y1, x1) inside the frame; empty to detect the sector.
+
+    Returns:
+        Blanked frames uint8 [T, H, W], and the bounding box (ymin, xmin, ymax, xmax) in [0, 1] of what was kept.
+    """
+    height, width = frames.shape[1:]
+    if regions:
+        keep = np.zeros((height, width), bool)
+        for y0, x0, y1, x1 in regions:
+            keep[y0:y1, x0:x1] = True
+    else:
+        found = detect_sector(frames)
+        if found is None:
+            return frames, WHOLE_IMAGE
+        keep = found
+    rows, columns = np.flatnonzero(keep.any(1)), np.flatnonzero(keep.any(0))
+    box = (rows[0] / height, columns[0] / width, (rows[-1] + 1) / height, (columns[-1] + 1) / width)
+    if keep.all():
+        return frames, WHOLE_IMAGE
+    return frames * keep.astype(np.uint8), tuple(float(side) for side in box)
+
+
+def detect_sector(frames: np.ndarray) -> np.ndarray | None:
+    """Find the scan sector of a clip: convex parts that hold echoes in at least one frame.
+
+    Args:
+        frames: uint8 [T, H, W].
+
+    Returns:
+        bool [H, W], True inside the sector; None if none stands out.
+    """
+    height, width = frames.shape[1:]
+    if min(height, width) < _MIN_SIDE:
+        return None
+    sampled = frames[np.linspace(0, len(frames) - 1, min(len(frames), _SAMPLED_FRAMES)).round().astype(int)]
+    background = _find_background(sampled)
+    if background is None:
+        return None
+    scale = min(1.0, _WORKING_SIZE / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    echoes, text = _find_echoes(sampled, background, size)
+    tissue = _close(echoes & ~text, 3)
+    scattered = echoes & ~_dilate(text, _EDGE)
+    radius = max(2, round(_OPENING * min(size)))
+    # The edge padding keeps tissue that a cropped frame cuts off.
+    padded = np.pad(tissue, radius, mode="edge")
+    opened = ndimage.binary_opening(padded, _disk(radius))[radius:-radius, radius:-radius]
+    labels, count = ndimage.label(opened)
+    if count == 0:
+        return None
+    areas = np.bincount(labels.ravel())[1:]
+    keep = np.zeros(tissue.shape, bool)
+    for label in np.flatnonzero(areas >= _MIN_PART * areas.max()) + 1:
+        part = labels == label
+        part = part | (_dilate(part, _EDGE) & echoes) | (_dilate(part, _REACH) & scattered)
+        hull = _fill_hull(part)
+        if hull is None:
+            return None
+        keep |= hull
+    keep = _dilate(keep, 2)
+    if keep.mean() < _MIN_AREA or (tissue & ~keep).sum() > _MAX_OUTSIDE * tissue.sum():
+        return None
+    full = Image.fromarray(keep.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(full) > 64
+
+
+def _find_background(sampled: np.ndarray) -> int | None:
+    """The grey level of the flat screen around the sector, None if there is no such area."""
+    counts = np.zeros(256, np.int64)
+    for frame in sampled[:: max(1, len(sampled) // 4)]:
+        flat = ndimage.maximum_filter(frame, 3) - ndimage.minimum_filter(frame, 3) <= 1
+        counts += np.bincount(frame[flat], minlength=256)
+    counts = counts[:_DARKEST_BACKGROUND]
+    share = counts.max() / (len(sampled[:: max(1, len(sampled) // 4)]) * sampled[0].size)
+    return int(counts.argmax()) if share >= _MIN_BACKGROUND else None
+
+
+def _find_echoes(
+    sampled: np.ndarray, background: int, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cells (bool) where some frame differs from the background, and those where it does so like text.
+
+    Text is bright strokes on bare background that stay where they are.
+    """
+    shape = size[::-1]
+    echoes, text = np.zeros(shape, bool), np.ones(shape, bool)
+    darkest, brightest = np.full(shape, 255.0, np.float32), np.zeros(shape, np.float32)
+    for frame in sampled:
+        level = _shrink(frame.astype(np.float32), size)
+        spread = ndimage.maximum_filter(level, 3) - ndimage.minimum_filter(level, 3)
+        contrast = np.abs(level - background)
+        echoes |= (spread >= _MIN_CONTRAST) & (contrast > 0) | (contrast >= _MIN_OFFSET)
+        bare = np.abs(frame.astype(np.int16) - background) <= 2
+        dark = ndimage.uniform_filter(_shrink(bare.astype(np.float32), size), _TEXT_WINDOW)
+        above = ndimage.uniform_filter(np.maximum(level - background, 0), _TEXT_WINDOW)
+        stroke = above / np.maximum(1 - dark, 0.01)
+        text &= (dark >= _TEXT_DARK[0]) & (dark <= _TEXT_DARK[1]) & (stroke >= _TEXT_BRIGHT)
+        darkest, brightest = np.minimum(darkest, level), np.maximum(brightest, level)
+    return echoes, text & (brightest - darkest < _TEXT_STILL)
+
+
+def _shrink(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+
+
+def _dilate(mask: np.ndarray, radius: int) -> np.ndarray:
+    return ndimage.distance_transform_edt(~mask) <= radius
+
+
+def _close(mask: np.ndarray, radius: int) -> np.ndarray:
+    padded = np.pad(mask, radius)
+    closed = ndimage.binary_closing(padded, _disk(radius))
+    return closed[radius:-radius, radius:-radius]
+
+
+def _fill_hull(mask: np.ndarray) -> np.ndarray | None:
+    """The filled convex hull of a mask, None if its points lie on a line."""
+    points = np.argwhere(mask & ~ndimage.binary_erosion(mask))
+    try:
+        corners = points[ConvexHull(points).vertices]
+    except (QhullError, ValueError):
+        return None
+    canvas = Image.new("1", mask.shape[::-1])
+    ImageDraw.Draw(canvas).polygon([(int(x), int(y)) for y, x in corners], fill=1, outline=1)
+    return np.asarray(canvas).copy()
+
+
+def _disk(radius: int) -> np.ndarray:
+    y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
+    return x * x + y * y <= radius * radius
