@@ -1,5 +1,6 @@
 """The ultrasound knowledge graph and everything that reads a report with it."""
 
+from dilbert_jax.knowledge.entities import Entity, extract_entities
 from dilbert_jax.knowledge.graph import (
     CONCEPT_TYPES,
     EVENT_DESCRIBING,
@@ -10,6 +11,8 @@ from dilbert_jax.knowledge.graph import (
     Relation,
     load_graph,
 )
+from dilbert_jax.knowledge.masking import MaskedReport, mask_report, related_entities
+from dilbert_jax.knowledge.tokenizer import EncodedReport, ReportTokenizer
 
 __all__ = [
     "CONCEPT_TYPES",
@@ -17,7 +20,14 @@ __all__ = [
     "POSITIONAL",
     "RELATION_TYPES",
     "Concept",
+    "EncodedReport",
+    "Entity",
     "KnowledgeGraph",
+    "MaskedReport",
     "Relation",
+    "ReportTokenizer",
+    "extract_entities",
     "load_graph",
+    "mask_report",
+    "related_entities",
 ]

@@ -208,9 +208,11 @@ def _governed(
     if not cue.forward:
         inside = [i for i in inside if not _CAUSE.search(text[max(0, spans[i][0] - 12) : spans[i][0]])]
     core = [i for i in inside if concepts[i] not in lexicon.places]
-    if not cue.forward and cue.status == "absent" and inside and concepts[inside[-1]] in lexicon.anatomy:
-        # "the hilum of the nodule is lost" in Chinese order: what stands next to the cue is what is denied.
-        if not core or not _PREPOSITION.search(text[spans[core[-1]][1] : spans[inside[-1]][0]]):
+    denied_backward = not cue.forward and cue.status == "absent"
+    if denied_backward and inside and concepts[inside[-1]] in lexicon.anatomy:
+        between = text[spans[core[-1]][1] : spans[inside[-1]][0]] if core else ""
+        # 结节淋巴门结构消失 denies the hilum next to the cue; "a mass in the breast is not seen" the mass.
+        if not _PREPOSITION.search(between):
             return _listed_anatomy(inside, text, spans, concepts, lexicon)
     if not cue.forward and cue.status == "uncertain":
         conditions = [i for i in core if concepts[i] in lexicon.conditions]

@@ -336,7 +336,7 @@ def _claim_names(concept: Concept, source: str, owners: dict[tuple[str, str], st
         both = {fold(n) for n in concept.names[language]} & {fold(n) for n in concept.absent_names[language]}
         if both:
             raise ValueError(
-                f"{source}: {concept.id!r} lists {min(both)!r} both as a name and as an 'absent' name; keep one"
+                f"{source}: {concept.id!r} lists {min(both)!r} as a name and as an 'absent' name; keep one"
             )
 
 

@@ -1,6 +1,6 @@
 """Negation and uncertainty cues of ultrasound reports, and how far each reaches, in English and Chinese.
 
-Everything here works on folded text (``entities.fold_text``): lower case, ASCII punctuation, hyphens as spaces.
+Everything works on folded text (``entities.fold_text``): lower case, ASCII punctuation, hyphens as spaces.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ _CUES = {
         (
             "ignore",
             r"no (?:significant |interval |obvious |appreciable )?(?:increase|change|decrease|further)"
-            r"|not (?:only|necessarily|all|just)|no doubt|without (?:difficulty|change)|no comment|no longer than",
+            r"|not (?:only|necessarily|all|just)|without (?:difficulty|change)|no (?:doubt|comment)",
         ),
         (
             "uncertain_after",
-            r"(?:can ?not|could not|can't|couldn't) be (?:excluded|ruled out)|not (?:be )?(?:excluded|ruled out)"
+            r"(?:(?:can ?not|could not|can't|couldn't) be|not|not be) (?:excluded|ruled out)"
             r"|(?:is |are |was |were )?(?:possible|suspected|questionable)(?= *(?:[.,;:!?\n)]|$))",
         ),
         (
             "uncertain_before",
             r"(?:can ?not|could not|can't|couldn't) (?:be sure about|be certain about|exclude|rule out|say)"
-            r"|not sure about|unsure about|suspicious (?:for|of)|suspicion (?:for|of)|concern(?:ing)? for|question of"
+            r"|(?:not |un)sure about|suspicio(?:us|n) (?:for|of)|concern(?:ing)? for|question of"
             r"|suggest(?:s|ed|ing|ive of)?|consistent with|compatible with|in keeping with"
             r"|(?:may|might|could) (?:be|represent|reflect)|possibly|possible|presumed|suspected|questionable"
             r"|appears? to be|almost like",
@@ -35,16 +35,16 @@ _CUES = {
         (
             "absent_after",
             r"(?:is |are |was |were |has been |have been |can ?be )?(?:not|no longer|never) "
-            r"(?:seen|identified|visuali[sz]ed|detected|evident|present|demonstrated|noted|appreciated|found|observed"
-            r"|visible|shown|displayed)"
-            r"|(?:cannot|could not|can't|couldn't) be (?:seen|identified|visuali[sz]ed|detected|demonstrated|found)"
+            r"(?:seen|identified|visuali[sz]ed|detected|evident|present|demonstrated|noted|appreciated|found"
+            r"|observed|visible|shown|displayed)"
+            r"|(?:cannot|could not|can't|couldn't) be (?:seen|identified|visuali[sz]ed|detected|shown|found)"
             r"|(?:(?:is|are|was|were|has been|have been) )?(?:ruled out|excluded)"
             r"|(?:is|are|was|were) (?:absent|negative|missing)",
         ),
         (
             "absent_before",
-            r"no (?:definite |clear |obvious |sonographic )?(?:evidence|signs?|indication|suspicion) (?:of|for)"
-            r"|negative for|free of|absence of|lack of|loss of|devoid of|rather than|instead of|rules? out|excludes?"
+            r"no (?:definite |clear |obvious |sonographic )?(?:evidence|signs?|suspicion) (?:of|for)"
+            r"|negative for|(?:free|absence|lack|loss|devoid|instead) of|rather than|rules? out|excludes?"
             r"|without|neither|nor|not|no|never|denies|cannot"
             r"|(?:would|does|do|did|is|are|was|were|has|have|can|could)n't",
         ),
@@ -62,7 +62,7 @@ _CUES = {
         ("uncertain_before", r"考虑|疑似|可疑|怀疑|疑|倾向(?:于)?|提示|似(?:见|为|呈)|或为"),
         (
             "absent_after",
-            r"(?:未见|未探及|未显示|未发现|未检出|阴性|消失|缺如|不明显|已排除|未见显示)(?= *(?:[,。;:!?\n)]|$))",
+            r"(?:未(?:见显示|见|探及|显示|发现|检出)|阴性|消失|缺如|不明显|已排除)(?= *(?:[,。;:!?\n)]|$))",
         ),
         (
             "absent_before",
@@ -73,7 +73,10 @@ _CUES = {
     ),
 }
 # Punctuation that speaks about what precedes it.
-_MARKS = r"|(?P<absent_answer>: *(?:no|none|absent|negative|无|未见)(?= *(?:[.,;!?\n。]|$)))|(?P<uncertain_mark>\?)"
+_MARKS = (
+    r"|(?P<absent_answer>: *(?:no|none|absent|negative|无|未见)(?= *(?:[.,;!?\n。]|$)))"
+    r"|(?P<uncertain_mark>\?)"
+)
 _PATTERN = {
     language: re.compile(
         "|".join(
@@ -90,8 +93,9 @@ _SENTENCE_END = {
 }
 _STOP = {
     "en": re.compile(
-        r"\b(?:but|however|although|though|except|apart from|aside from|which|because|due to|secondary to|next to"
-        r"|and (?:a|an|multiple|some|few|several|many|numerous|lots of|there|the|mild|minimal|moderate|normal)"
+        r"\b(?:but|however|although|though|except|apart from|aside from|which|because"
+        r"|due to|secondary to|next to|and (?:a|an|multiple|some|few|several|many|numerous|lots of|there|the"
+        r"|mild|minimal|moderate|normal)"
         r"|with (?:a|an|multiple|some|few|several|normal))\b"
     ),
     "zh": re.compile(
@@ -100,7 +104,7 @@ _STOP = {
 }
 # Where a clause read backwards begins anew.
 _RESTART = {
-    "en": re.compile(r"\b(?:is|are|was|were|shows?|but|however|although|and (?:a|an|the)|seen|has|have)\b"),
+    "en": re.compile(r"\b(?:is|are|was|were|shows?|but|however|although|and an?|seen|has|have)\b"),
     "zh": re.compile(r"可见|可探及|(?<!未)见|呈|但|(?<!不)伴|(?<!显)(?<!未)示|考虑"),
 }
 _VERB = re.compile(
