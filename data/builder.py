@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 from dilbert_jax.data import record as record_lib
 from dilbert_jax.data.record import Record, StudyEntry
 from tqdm import tqdm
@@ -99,6 +101,13 @@ class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
 
     # -- TFDS ----------------------------------------------------------------------------------------------
 
+    @classmethod
+    def _get_pkg_dir_path(cls) -> Any:
+        """Where README.md and CITATIONS.bib lie; TFDS's own guess fails for a mapped package folder."""
+        if cls.pkg_dir_path is None:
+            cls.pkg_dir_path = epath.Path(inspect.getfile(cls)).parent
+        return cls.pkg_dir_path
+
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
             features=tfds.features.FeaturesDict(record_lib.FEATURES), license=self.LICENCE
@@ -166,7 +175,7 @@ class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
                 tally.add(record)
                 yield record.study_id, example
             self._bar.set_postfix(
-                kept=sum(t.studies for t in self._tallies.values()), skipped=len(self._skips)
+                kept=sum(t.studies for t in self._tallies.values()), skipped=len(self._skips), refresh=False
             )
             self._bar.update()
         if not tally.studies:
