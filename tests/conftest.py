@@ -1,0 +1,51 @@
+"""Shared fixtures: real data and reference vectors where the environment names them; a seeded generator."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+# Before jax is imported anywhere: the tests are written for the CPU unless the caller names another platform.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np
+import pytest
+
+
+def _folder_from_environment(variable: str) -> Path:
+    value = os.environ.get(variable)
+    if not value:
+        pytest.skip(f"{variable} is not set")
+    folder = Path(value)
+    if not folder.is_dir():
+        raise ValueError(f"{variable}={value} is not a folder; point it at the data or unset it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder that holds the real data sets (busi/, pocus/, ...); skips when DILBERT_DATA_DIR is unset."""
+    return _folder_from_environment("DILBERT_DATA_DIR")
+
+
+@pytest.fixture(scope="session")
+def reference_dir() -> Path:
+    """The folder of reference vectors (*.npz); skips when DILBERT_REFERENCE_DIR is unset."""
+    return _folder_from_environment("DILBERT_REFERENCE_DIR")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A fresh generator, the same in every test and every run."""
+    return np.random.default_rng(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips marked tests whose precondition is absent, whether or not they use the fixtures above."""
+    absent = {
+        "real_data": "" if os.environ.get("DILBERT_DATA_DIR") else "DILBERT_DATA_DIR is not set",
+        "torch": "" if importlib.util.find_spec("torch") else "the extra 'torch' is not installed",
+    }
+    for item in items:
+        for name, reason in absent.items():
+            if reason and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
