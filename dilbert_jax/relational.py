@@ -1,0 +1,251 @@
+"""Relational distillation: equations (4)-(9), in O(N^2) memory.
+
+Both losses depend on the pooled vectors through the squared distances S only: a distance is sqrt(S_uv), and
+by the law of cosines the angle at vertex v has
+
+    cos(u, v, w) = (S_uv + S_wv - S_uw) / (2 sqrt(S_uv) sqrt(S_wv)).
+
+S is summed from differences, not expanded into |u|^2 + |v|^2 - 2<u, v>, which would lose every digit of a
+short edge. The angle loss walks over the vertices in blocks; where a gradient is wanted, the same walk
+gathers dL/dS.
+
+Axes: N samples, D width, V vertices of one block; u and w are the end points of the two edges that meet in v.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from dilbert_jax.losses import as_loss_dtype
+
+Reduction = Literal["mean", "mean_valid", "sum"]
+
+# The reference code clamps squared distances here (not angles); the gradient below it is zero.
+_SQUARED_DISTANCE_FLOOR = 1e-12
+_TRIPLES_PER_BLOCK = 1 << 18
+_DIFFERENCES_PER_BLOCK = 1 << 24
+
+
+def huber(difference: jax.Array) -> jax.Array:
+    """Huber loss with threshold 1, equation (6), element-wise.
+
+    Args:
+        difference: [...].
+
+    Returns:
+        [...]: half the square up to 1, linear beyond.
+    """
+    clipped = jnp.clip(difference, -1, 1)
+    return clipped * (difference - 0.5 * clipped)
+
+
+def distance_loss(student: jax.Array, teacher: jax.Array, *, reduction: Reduction = "mean") -> jax.Array:
+    """Distance-wise relational loss, equations (4) and (5).
+
+    Distances are divided by their mean over the pairs, in each network by its own; the gradient flows through
+    the student's mean too.
+
+    Args:
+        student: [N, Ds], pooled vectors.
+        teacher: [N, Dt], the peer's for the same samples; no gradient reaches it.
+        reduction: `mean` over all N^2 pairs, `mean_valid` over those of distinct samples, `sum` of these.
+
+    Returns:
+        Scalar, float32 at least; 0 where N = 1.
+
+    Raises:
+        ValueError: shapes or reduction are not as above.
+    """
+    return _distance_loss(*_squared_distances_of_both(student, teacher, reduction), reduction)
+
+
+def angle_loss(
+    student: jax.Array,
+    teacher: jax.Array,
+    *,
+    reduction: Reduction = "mean",
+    block_size: int | None = None,
+) -> jax.Array:
+    """Angle-wise relational loss, equations (7) and (8).
+
+    An edge of length zero has no direction: its cosines are 0 and no gradient comes from them.
+
+    Args:
+        student: [N, Ds], pooled vectors.
+        teacher: [N, Dt], the peer's for the same samples; no gradient reaches it.
+        reduction: `mean` over all N^3 triples, `mean_valid` over those of distinct samples, `sum` of these.
+        block_size: vertices handled at once; None = chosen by N. The value does not depend on it.
+
+    Returns:
+        Scalar, float32 at least; 0 where N = 1.
+
+    Raises:
+        ValueError: shapes, reduction or block size are not as above.
+    """
+    squared = _squared_distances_of_both(student, teacher, reduction)
+    return _angle_loss(*squared, reduction, block_size)
+
+
+def relational_loss(
+    student: jax.Array, teacher: jax.Array, *, beta1: float = 2.0, reduction: Reduction = "mean"
+) -> jax.Array:
+    """Relational loss, equation (9): distance loss + beta1 * angle loss.
+
+    Args:
+        student: [N, Ds], pooled vectors.
+        teacher: [N, Dt], the peer's for the same samples; no gradient reaches it.
+        beta1: weight of the angle loss.
+        reduction: as in `distance_loss` and `angle_loss`.
+
+    Returns:
+        Scalar, float32 at least; 0 where N = 1.
+
+    Raises:
+        ValueError: shapes or reduction are not as above.
+    """
+    squared = _squared_distances_of_both(student, teacher, reduction)
+    return _distance_loss(*squared, reduction) + beta1 * _angle_loss(*squared, reduction, None)
+
+
+def _squared_distances_of_both(student, teacher, reduction):
+    if student.ndim != 2 or teacher.ndim != 2 or student.shape[0] != teacher.shape[0] or not student.shape[0]:
+        raise ValueError(
+            f"student has shape {student.shape} and teacher {teacher.shape}; "
+            "they must be [N, Ds] and [N, Dt] with the same N >= 1."
+        )
+    if reduction not in ("mean", "mean_valid", "sum"):
+        raise ValueError(f"reduction is {reduction!r}; it must be 'mean', 'mean_valid' or 'sum'.")
+    student, teacher = as_loss_dtype(student), jax.lax.stop_gradient(as_loss_dtype(teacher))
+    dtype = jnp.promote_types(student.dtype, teacher.dtype)
+    return _squared_distances(student.astype(dtype)), _squared_distances(teacher.astype(dtype))
+
+
+@jax.custom_vjp
+def _squared_distances(vectors: jax.Array) -> jax.Array:
+    """[N, D] -> [N, N], to the full relative precision of the type even for the shortest edge."""
+    columns = vectors.T  # [D, N]: the sum runs over the leading axis, which vectorizes over samples.
+
+    def from_one(sample):
+        return jnp.square(columns - sample[:, None]).sum(axis=0)
+
+    size = min(len(vectors), max(1, _DIFFERENCES_PER_BLOCK // vectors.size))
+    return jax.lax.map(from_one, vectors, batch_size=size)
+
+
+def _squared_distances_forward(vectors):
+    return _squared_distances(vectors), vectors
+
+
+def _squared_distances_backward(vectors, gradient):
+    # d/dx_u of sum_uv W_uv |x_u - x_v|^2. Centred, because the two terms cancel by the size of the offset.
+    centred = vectors - vectors.mean(axis=0)
+    weights = gradient + gradient.T
+    product = jnp.matmul(weights, centred, precision=jax.lax.Precision.HIGHEST)
+    return (2 * (weights.sum(axis=1, keepdims=True) * centred - product),)
+
+
+_squared_distances.defvjp(_squared_distances_forward, _squared_distances_backward)
+
+
+def _normalized_distances(squared):
+    """Distances over their mean over pairs; the diagonal is 0."""
+    number = len(squared)
+    off_diagonal = ~jnp.eye(number, dtype=bool)
+    long_enough = off_diagonal & (squared > _SQUARED_DISTANCE_FLOOR)
+    length = jnp.sqrt(jnp.where(long_enough, squared, _SQUARED_DISTANCE_FLOOR))
+    length = jnp.where(off_diagonal, length, 0)
+    mean = length.sum() / max(number * (number - 1), 1)
+    return length / jnp.where(mean > 0, mean, 1)
+
+
+def _distance_loss(student_squared, teacher_squared, reduction):
+    number = len(student_squared)
+    total = huber(_normalized_distances(student_squared) - _normalized_distances(teacher_squared)).sum()
+    return total / {"mean": number**2, "mean_valid": max(number * (number - 1), 1), "sum": 1}[reduction]
+
+
+def _angle_loss(student_squared, teacher_squared, reduction, block_size):
+    number = len(student_squared)
+    if block_size is None:
+        block_size = max(1, _TRIPLES_PER_BLOCK // number**2)
+    elif block_size < 1:
+        raise ValueError(f"block_size is {block_size}; it must be at least 1.")
+    total = _angle_sum(student_squared, teacher_squared, min(block_size, number), reduction != "mean")
+    valid = number * (number - 1) * (number - 2)
+    return total / {"mean": number**3, "mean_valid": max(valid, 1), "sum": 1}[reduction]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _angle_sum(student_squared, teacher_squared, block_size, distinct):
+    """Sum over all triples; `distinct` leaves out those with u = w (u = v and w = v are 0 by themselves)."""
+    return _walk_vertices(student_squared, teacher_squared, block_size, distinct, with_gradient=False)[0]
+
+
+def _angle_sum_forward(student_squared, teacher_squared, block_size, distinct):
+    return _walk_vertices(student_squared, teacher_squared, block_size, distinct, with_gradient=True)
+
+
+def _angle_sum_backward(block_size, distinct, gradient, cotangent):
+    return cotangent * gradient, jnp.zeros_like(gradient)
+
+
+_angle_sum.defvjp(_angle_sum_forward, _angle_sum_backward)
+
+
+def _walk_vertices(student_squared, teacher_squared, block_size, distinct, with_gradient):
+    """Sum of the Huber losses and its derivative by the student's squared distances, block by block."""
+    number, dtype = len(student_squared), student_squared.dtype
+    student_inverse, teacher_inverse = _inverse_lengths(student_squared), _inverse_lengths(teacher_squared)
+    counted = ~jnp.eye(number, dtype=bool) if distinct else None
+
+    def block(vertices, weight):
+        inverse = student_inverse[vertices] * weight[:, None]  # [V, N]; a padding vertex has no edges.
+        cosine = _cosines(student_squared, student_squared[vertices], inverse)  # [V, N, N]
+        teacher_block = teacher_inverse[vertices] * weight[:, None]
+        difference = cosine - _cosines(teacher_squared, teacher_squared[vertices], teacher_block)
+        if counted is not None:
+            difference = jnp.where(counted, difference, 0)
+        slope = jnp.clip(difference, -1, 1)
+        loss = (slope * (difference - 0.5 * slope)).sum()
+        if not with_gradient:
+            return loss, None, None
+        # With r = 1 / length: dcos/dS_uw = -1/2 r_u r_w, dcos/dS_uv = 1/2 r_u (r_w - cos r_u), for w alike.
+        opposite = -0.5 * (slope * inverse[:, :, None] * inverse[:, None, :]).sum(axis=0)  # [N, N]
+        along = (slope * (inverse[:, :, None] - cosine * inverse[:, None, :])).sum(axis=1)  # [V, N]
+        return loss, opposite, inverse * along
+
+    count = -(-number // block_size)
+    vertices = jnp.arange(count * block_size)
+    weight = (vertices < number).astype(dtype).reshape(count, block_size)
+    vertices = jnp.minimum(vertices, number - 1).reshape(count, block_size)
+
+    if count == 1:
+        loss, opposite, adjacent = block(vertices[0], weight[0])
+        return loss, opposite + adjacent if with_gradient else None
+
+    def step(carry, inputs):
+        loss, opposite, adjacent = block(*inputs)
+        if not with_gradient:
+            return (carry[0] + loss, None), None
+        return (carry[0] + loss, carry[1] + opposite), adjacent
+
+    start = (jnp.zeros((), dtype), jnp.zeros_like(student_squared) if with_gradient else None)
+    (loss, opposite), adjacent = jax.lax.scan(step, start, (vertices, weight))
+    if not with_gradient:
+        return loss, None
+    return loss, opposite + adjacent.reshape(-1, number)[:number]
+
+
+def _inverse_lengths(squared):
+    positive = squared > 0
+    return jnp.where(positive, 1 / jnp.sqrt(jnp.where(positive, squared, 1)), 0)
+
+
+def _cosines(squared, edges, inverse):
+    """Cosines [V, N, N] at V vertices; squared [N, N], their squared edges and inverse lengths [V, N]."""
+    twice = edges[:, :, None] + edges[:, None, :] - squared
+    return 0.5 * twice * inverse[:, :, None] * inverse[:, None, :]
