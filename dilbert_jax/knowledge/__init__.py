@@ -1,5 +1,7 @@
 """The ultrasound knowledge graph and everything that reads a report with it."""
 
+from dilbert_jax.knowledge.captions import caption
+from dilbert_jax.knowledge.describe import describe
 from dilbert_jax.knowledge.entities import Entity, extract_entities
 from dilbert_jax.knowledge.graph import (
     CONCEPT_TYPES,
@@ -26,6 +28,8 @@ __all__ = [
     "MaskedReport",
     "Relation",
     "ReportTokenizer",
+    "caption",
+    "describe",
     "extract_entities",
     "load_graph",
     "mask_report",

@@ -69,7 +69,8 @@ class _Lexicon:
         self.places = frozenset(
             concept.id
             for concept in graph.concepts.values()
-            if concept.type in ("organ", "region") or _is_location(concept.id, graph)
+            if is_location(concept.id, graph)
+            or (concept.type in ("organ", "region") and not _is_finding(concept.id, graph))
         )
         self.anatomy = frozenset(c for c in self.places if graph.concepts[c].type != "descriptor")
         self.conditions = frozenset(c.id for c in graph.concepts.values() if c.type == "condition")
@@ -94,7 +95,7 @@ class _Lexicon:
         return kept
 
 
-def _is_location(concept_id: str, graph: KnowledgeGraph) -> bool:
+def is_location(concept_id: str, graph: KnowledgeGraph) -> bool:
     """A descriptor that is located somewhere and modifies anatomy only (left, upper, subcapsular)."""
     edges = [r for r in graph.neighbours(concept_id, ("located_at", "modifies")) if r.source == concept_id]
     modified = {graph.concepts[r.target].type for r in edges if r.type == "modifies"}
@@ -105,12 +106,21 @@ def _is_location(concept_id: str, graph: KnowledgeGraph) -> bool:
     )
 
 
+def _is_finding(concept_id: str, graph: KnowledgeGraph) -> bool:
+    """A region that is another word for a finding (lesion) is denied like one."""
+    return any(
+        graph.concepts[end].type == "finding"
+        for relation in graph.neighbours(concept_id, ("synonym_of",))
+        for end in (relation.source, relation.target)
+    )
+
+
 def _pluralize(name: str) -> str:
-    if not name[-1].isascii() or not name[-1].isalpha() or name.endswith("s"):
+    if not name[-1].isascii() or not name[-1].isalpha() or (name.endswith("s") and not name.endswith("ss")):
         return name
     if name.endswith("y") and name[-2:-1] not in ("a", "e", "i", "o", "u"):
         return name[:-1] + "ies"
-    return name + ("es" if name.endswith(("x", "z", "ch", "sh")) else "s")
+    return name + ("es" if name.endswith(("ss", "x", "z", "ch", "sh")) else "s")
 
 
 _LEXICONS: weakref.WeakKeyDictionary[KnowledgeGraph, dict[str, _Lexicon]] = weakref.WeakKeyDictionary()

@@ -64,9 +64,9 @@ def mask_report(
     """Hides word pieces for masked language modelling.
 
     Exactly max(1, round(rate * n)) of the n word pieces that are no special token become targets (none when
-    n = 0). Guided, the entities of ``related_entities`` are taken first, in random order, each as a whole span
-    while it fits; single random word pieces fill the rest. A target turns into [MASK] with probability 0.8,
-    into a random ordinary word piece with 0.1, and stays with 0.1.
+    n = 0). Guided, the entities of ``related_entities`` are taken first, in random order, each as a whole
+    span while it fits; single random word pieces fill the rest. A target turns into [MASK] with probability
+    0.8, into a random ordinary word piece with 0.1, and stays with 0.1.
 
     Args:
       encoded: the report.

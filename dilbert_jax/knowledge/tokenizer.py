@@ -62,7 +62,7 @@ class ReportTokenizer:
         missing = [token for token in SPECIAL_TOKENS if token not in ids]
         if missing:
             raise ValueError(
-                f"{source}: special token {missing[0]} is missing; a vocabulary needs {' '.join(SPECIAL_TOKENS)}"
+                f"{source}: special token {missing[0]} is missing; add {' '.join(SPECIAL_TOKENS)}"
             )
         if len(ids) < len(self.vocabulary):
             twice = next(piece for index, piece in enumerate(self.vocabulary) if ids[piece] != index)
@@ -105,7 +105,7 @@ class ReportTokenizer:
         fixed = [*SPECIAL_TOKENS, *sorted(singles), *("##" + c for c in sorted(continuations))]
         if vocab_size < len(fixed):
             raise ValueError(
-                f"vocab_size is {vocab_size}; the special tokens and characters of the texts need {len(fixed)}"
+                f"vocab_size is {vocab_size}; special tokens and the texts' characters need {len(fixed)}"
             )
         trainer = WordPieceTrainer(vocab_size=vocab_size, special_tokens=fixed, show_progress=False)
         scratch.train_from_iterator(texts, trainer)
