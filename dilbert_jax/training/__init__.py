@@ -1,0 +1,1 @@
+"""State, optimizer, the jitted steps, checkpoints and the stage loop."""

@@ -1,0 +1,288 @@
+"""From a clip to an annotation: run the network on the clip alone, match entities with places, compose the text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dilbert_jax
+from dilbert_jax.clips import find_sector, place_on_canvas, select_evenly
+from dilbert_jax.experiment import ModelContext
+from dilbert_jax.input_pipeline import Example, lay_grid, pad_frames
+from dilbert_jax.knowledge import describe
+from dilbert_jax.media import Clip
+from dilbert_jax.training.step import VISUAL, annotation_forward
+
+SCHEMA = "dilbert-jax/annotation/1"
+NOTICE = "Research use only. Not for clinical use."
+MAX_ABSENT = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Thresholds:
+    """From which probability on a finding or an entity counts as present; chosen on validation studies."""
+
+    findings: dict[str, float]
+    entities: dict[str, float]
+    default: float = 0.5
+
+    def finding(self, concept: str) -> float:
+        return self.findings.get(concept, self.default)
+
+    def entity(self, concept: str) -> float:
+        return self.entities.get(concept, self.default)
+
+    def save(self, path: pathlib.Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: pathlib.Path) -> Thresholds:
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def choose_threshold(probabilities: np.ndarray, targets: np.ndarray, min_positives: int = 5) -> float | None:
+    """The probability that gives the best F1, or None when there are too few positives to choose by.
+
+    Args:
+      probabilities: [N]; targets: bool [N].
+    """
+    positives = int(targets.sum())
+    if positives < min_positives or positives == len(targets):
+        return None
+    order = np.argsort(-probabilities, kind="stable")
+    hits = np.cumsum(targets[order])
+    f1 = 2 * hits / (np.arange(1, len(order) + 1) + positives)
+    # Only between two different values is there a threshold.
+    sorted_probabilities = probabilities[order]
+    f1[:-1][sorted_probabilities[:-1] == sorted_probabilities[1:]] = -1.0
+    best = int(f1.argmax())
+    following = sorted_probabilities[best + 1] if best + 1 < len(order) else 0.0
+    return float(np.clip((sorted_probabilities[best] + following) / 2, 0.05, 0.95))
+
+
+def build_visual(context: ModelContext, frames: np.ndarray) -> tuple[Example, np.ndarray]:
+    """Prepares decoded frames uint8 [T, H, W] for the network exactly as evaluation does.
+
+    Returns:
+      The example (without labels), and its grid boxes mapped back to the frames' own coordinates [R, 4].
+    """
+    spec = context.spec
+    sampled = select_evenly(len(frames), spec.num_frames)
+    canvas, placement = place_on_canvas(frames[sampled], context.config.data.size)
+    boxes, box_frames = lay_grid(spec, find_sector(canvas), len(sampled))
+    padded, mask = pad_frames(canvas, spec.num_frames)
+    blank = context.tokenizer.encode("", "en", context.graph, spec.max_tokens)
+    example = {
+        "frames": padded,
+        "frame_mask": mask,
+        "boxes": boxes,
+        "box_frames": box_frames,
+        "region_mask": np.ones(len(boxes), bool),
+        "token_ids": blank.token_ids[:2],
+        "token_types": blank.token_types[:2],
+        "token_mask": blank.token_mask[:2],
+        "frame_index": np.pad(sampled, (0, spec.num_frames - len(sampled)), mode="edge").astype(np.int32),
+    }
+    return example, placement.to_frame(boxes)
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(model: Any) -> Any:
+    """One compilation a model and batch shape; parameters and entity names are arguments."""
+
+    def run(params: Any, batch: Any, names: Any) -> Any:
+        logits, _ = annotation_forward(model, params, batch, names, None)
+        match = logits["match"]
+        return {
+            "organ": jax.nn.softmax(logits["organ"]),
+            "condition": jax.nn.softmax(logits["condition"]),
+            "findings": jax.nn.sigmoid(logits["findings"]),
+            "entities": jax.nn.sigmoid(match["clip"]),
+            "frame_scores": jax.nn.sigmoid(match["frame"]),
+            "region_scores": jax.nn.sigmoid(match["region"]),
+            "region_logits": match["region"],
+        }
+
+    return jax.jit(run)
+
+
+def predict(context: ModelContext, params: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Probabilities for a batch (leading axis B).
+
+    Returns:
+      `organ` [B, O], `condition` [B, C], `findings` [B, F], `entities` [B, E], `frame_scores` [B, E, A],
+      `region_scores` and `region_logits` [B, E, R].
+    """
+    names = tuple(map(jnp.asarray, context.entity_names))
+    inputs = {name: jnp.asarray(batch[name]) for name in VISUAL}
+    return jax.device_get(_compiled(context.model)(params, inputs, names))
+
+
+def compose(
+    context: ModelContext,
+    prediction: Mapping[str, np.ndarray],
+    example: Mapping[str, np.ndarray],
+    boxes: np.ndarray,
+    thresholds: Thresholds,
+    *,
+    source: Mapping[str, Any],
+    model: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Turns one clip's probabilities into the annotation dictionary (docs/annotation_schema.md).
+
+    Args:
+      prediction: one row of `predict` (no batch axis).
+      example: the example the row came from.
+      boxes: [R, 4] in the source frame's coordinates.
+      thresholds: from validation.
+      source, model: provenance, copied as it is.
+    """
+    graph, labels = context.graph, context.labels
+
+    def names(concept: str) -> dict[str, str]:
+        return {language: graph.name(concept, language) for language in ("en", "zh")}
+
+    organ = _ranked(labels.organs, prediction["organ"], names)
+    condition = _ranked(labels.conditions, prediction["condition"], names)
+    findings = []
+    for concept, probability in zip(labels.findings, prediction["findings"], strict=True):
+        threshold = thresholds.finding(concept)
+        findings.append(
+            {
+                "id": concept,
+                "name": names(concept),
+                "probability": round(float(probability), 4),
+                "threshold": round(threshold, 4),
+                "present": bool(probability >= threshold),
+            }
+        )
+    findings.sort(key=lambda f: -f["probability"])
+
+    patch = context.spec.stem_patch
+    valid = example["frame_mask"].reshape(-1, patch).any(1)
+    frame_index = example["frame_index"].reshape(-1, patch)[:, 0][valid]
+    entities = []
+    for index in np.argsort(-prediction["entities"], kind="stable"):
+        concept = labels.entities[index]
+        entities.append(
+            {
+                "id": concept,
+                "type": graph.concepts[concept].type,
+                "name": names(concept),
+                "score": round(float(prediction["entities"][index]), 4),
+                "supported": bool(prediction["entities"][index] >= thresholds.entity(concept)),
+                "frame_scores": _rounded(prediction["frame_scores"][index][valid]),
+                "region_scores": _rounded(prediction["region_scores"][index]),
+            }
+        )
+
+    frames = example["frame_index"][example["box_frames"]]
+    regions = []
+    for box, frame, label in zip(boxes, frames, _region_labels(context, prediction), strict=True):
+        regions.append({"frame": int(frame), "box": _rounded(box), **label})
+        if label["label"]:
+            regions[-1]["name"] = names(label["label"])
+
+    annotation = {
+        "schema": SCHEMA,
+        "notice": NOTICE,
+        "source": dict(source),
+        "model": {**model, "version": dilbert_jax.__version__},
+        "organ": organ,
+        "condition": condition,
+        "findings": findings,
+        "entities": entities,
+        "frame_index": [int(i) for i in frame_index],
+        "regions": regions,
+    }
+    annotation["description"] = write_description(context, annotation)
+    return annotation
+
+
+def write_description(context: ModelContext, annotation: Mapping[str, Any]) -> dict[str, str]:
+    """Composes the text from what the graph allows in the organ and what the clip supports, in both languages."""
+    graph = context.graph
+    organ = annotation["organ"]["id"] if annotation["organ"] else ""
+    condition = annotation["condition"]["id"] if annotation["condition"] else ""
+    supported = {e["id"]: e["supported"] for e in annotation["entities"]}
+
+    def allowed(concept: str) -> bool:
+        return not organ or graph.allows(organ, concept)
+
+    # A finding must hold in both heads; one that is no match candidate stands on its own probability.
+    findings = [
+        f["id"]
+        for f in annotation["findings"]
+        if f["present"] and allowed(f["id"]) and supported.get(f["id"], True)
+    ]
+    absent = [
+        f["id"]
+        for f in sorted(annotation["findings"], key=lambda f: f["probability"])
+        if not f["present"]
+        and allowed(f["id"])
+        and not supported.get(f["id"], False)
+        and graph.concepts[f["id"]].type == "finding"
+    ][:MAX_ABSENT]
+    present = [
+        e["id"]
+        for e in annotation["entities"]
+        if e["supported"] and e["type"] in ("region", "descriptor") and allowed(e["id"]) and e["id"] not in findings
+    ]
+    return {
+        language: describe(
+            organ, condition, findings, language=language, graph=graph, present=present, absent=absent
+        )
+        for language in ("en", "zh")
+    }
+
+
+def describe_source(clip: Clip, sha256: str) -> dict[str, Any]:
+    """Provenance of the pixels; the file's name only, never its header."""
+    return {
+        "file": pathlib.Path(clip.source).name,
+        "sha256": sha256,
+        "num_frames": len(clip.frames),
+        "height": int(clip.frames.shape[1]),
+        "width": int(clip.frames.shape[2]),
+        "fps": clip.fps,
+        "pixel_spacing_mm": list(clip.pixel_spacing_mm) if clip.pixel_spacing_mm else None,
+        "decoder": clip.decoder,
+    }
+
+
+def _region_labels(context: ModelContext, prediction: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Most likely region class of every region, among the classes that annotated boxes had in training."""
+    classes = [(r, e) for r, e in zip(context.labels.regions, context.entity_of_region, strict=False) if e >= 0]
+    logits = prediction["region_logits"]  # [E, R]
+    if len(classes) < 2:
+        return [{"label": "", "probability": None}] * logits.shape[1]
+    chosen = logits[[e for _, e in classes]]
+    weights = np.exp(chosen - chosen.max(0))
+    weights /= weights.sum(0)
+    best = weights.argmax(0)
+    return [
+        {"label": classes[b][0], "probability": round(float(weights[b, r]), 4)} for r, b in enumerate(best)
+    ]
+
+
+def _ranked(ids: Sequence[str], probabilities: np.ndarray, names: Any) -> dict[str, Any] | None:
+    """The most likely class with its alternatives; None for a data set that does not name any."""
+    if not ids:
+        return None
+    order = np.argsort(-probabilities, kind="stable")
+    entries = [
+        {"id": ids[i], "name": names(ids[i]), "probability": round(float(probabilities[i]), 4)} for i in order
+    ]
+    return {**entries[0], "alternatives": entries[1:]}
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [round(float(v), 4) for v in values]

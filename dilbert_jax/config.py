@@ -1,0 +1,156 @@
+"""The experiment configuration: every field, its default and its meaning."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import ml_collections
+
+# Presets of the fusion encoder and the 3-D CNN. "base" is the paper's size (12 blocks, 768 hidden, 12 heads).
+MODEL_PRESETS: dict[str, dict[str, object]] = {
+    "tiny": {
+        "hidden_size": 64, "num_layers": 2, "num_heads": 4, "ffn_size": 128, "channels": (16, 32), "blocks": (1,),
+    },
+    "small": {
+        "hidden_size": 128, "num_layers": 3, "num_heads": 4, "ffn_size": 512, "channels": (32, 64), "blocks": (1,),
+    },
+    "medium": {
+        "hidden_size": 256, "num_layers": 4, "num_heads": 8, "ffn_size": 1024,
+        "channels": (48, 96, 192), "blocks": (1, 1),
+    },
+    "base": {
+        "hidden_size": 768, "num_layers": 12, "num_heads": 12, "ffn_size": 3072,
+        "channels": (64, 128, 256), "blocks": (2, 2),
+    },
+}  # fmt: skip
+
+
+def default_config(preset: str = "small") -> ml_collections.ConfigDict:
+    """Returns the configuration with all fields set; experiment files change what they need.
+
+    Args:
+      preset: a key of `MODEL_PRESETS`.
+    """
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+
+    config.data = data = ml_collections.ConfigDict()
+    data.name = "phantom"
+    data.manual_dir = ""  # the set's own folder; "" = $DILBERT_DATA_DIR/<name>
+    data.data_dir = ""  # where prepared data go; "" = the user's cache
+    data.folds = 0  # 0: the set's train/validation/test; k >= 3: k-fold cross-validation by group
+    data.fold = 0  # the fold under test
+    data.split_seed = 0
+    data.size = 64  # side of the square input, pixels
+    data.num_frames = 12  # frames a clip is sampled to
+    data.stored_frames = 48  # frames kept a clip at this size (random sampling draws from them)
+    data.grid_scales = (1, 3)  # region grid: boxes per side of each scale
+    data.grid_steps = 2  # times across the clip at which the grid is laid
+    data.max_annotated_regions = 6
+    data.max_tokens = 64  # report length, word pieces
+    data.vocab_size = 1500
+    data.vocab_file = ""  # a BERT vocab.txt; "" = train WordPiece on the training reports
+    data.graph_file = ""  # extension of the knowledge graph
+    data.min_entity_count = 3
+    data.guided_masking = True
+    data.augment = True
+
+    config.model = model = ml_collections.ConfigDict(MODEL_PRESETS[preset])
+    model.dropout = 0.1
+    model.stem_patch = (2, 4, 4)
+    model.region_bins = 2
+    model.dtype = "float32"
+
+    config.optimizer = optimizer = ml_collections.ConfigDict()
+    optimizer.name = "adamw"
+    optimizer.learning_rate = 1e-3
+    optimizer.weight_decay = 1e-4
+    optimizer.momentum = 0.9
+    optimizer.warmup_fraction = 0.05
+    optimizer.clip_norm = 1.0
+
+    config.loss = loss = ml_collections.ConfigDict()
+    loss.mlm = loss.mdc = loss.moc = loss.cmm = 1.0
+    loss.alpha, loss.beta, loss.gamma = 0.2, 1.0, 0.6
+    loss.beta1, loss.beta2 = 2.0, 1.0
+    loss.temperature = 1.0
+    loss.scale_by_square = False
+    loss.reduction = "mean"
+    loss.relational_layer = "fused"
+    loss.all_pairs = False
+
+    config.train = train = ml_collections.ConfigDict()
+    train.batch_size = 32
+    train.teacher_epochs = 10.0
+    train.student_epochs = 10.0
+    train.independent_student = False  # True: the student pre-trains without the teacher's soft labels (D19)
+    train.mutual_epochs = 4.0
+    train.finetune_epochs = 10.0
+    train.mutual_rate_scale = 1.0  # learning rate of each stage relative to optimizer.learning_rate
+    train.finetune_rate_scale = 1.0
+    train.log_every_steps = 10
+    train.checkpoint_every_seconds = 30.0
+    train.evaluate_after = True
+
+    config.evaluate = evaluate = ml_collections.ConfigDict()
+    evaluate.mask_repeats = 3  # masked copies of each test clip for the pre-training tasks
+    evaluate.num_resamples = 2000
+    evaluate.num_examples = 6  # example annotations in the report
+    return config
+
+
+def save_config(config: ml_collections.ConfigDict, path: pathlib.Path) -> None:
+    path.write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
+
+
+def load_config(path: pathlib.Path) -> ml_collections.ConfigDict:
+    """Reads a configuration that `save_config` wrote: today's defaults, with every saved field on top.
+
+    Raises:
+      ValueError: a saved field is unknown to this version.
+    """
+    config = default_config()
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    for section, value in saved.items():
+        if section not in config:
+            raise ValueError(f"{path}: unknown field {section!r}; this workdir was written by another version")
+        if not isinstance(value, dict):
+            config[section] = value
+            continue
+        for field, item in value.items():
+            if field not in config[section]:
+                raise ValueError(f"{path}: unknown field '{section}.{field}'; written by another version")
+            config[section][field] = tuple(item) if isinstance(item, list) else item
+    return config
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+    """Raises `ValueError` naming the first field whose value cannot work."""
+    data, model, train = config.data, config.model, config.train
+
+    def need(condition: bool, field: str, wanted: str) -> None:
+        if not condition:
+            value: object = config
+            for part in field.split("."):
+                value = value[part]  # type: ignore[index]
+            raise ValueError(f"config.{field} is {value!r}; {wanted}")
+
+    patch = model.stem_patch
+    cells = 2 ** (len(model.channels) - 1)
+    need(data.num_frames >= 1, "data.num_frames", "need at least 1")
+    need(data.num_frames % patch[0] == 0, "data.num_frames", f"must be divisible by model.stem_patch[0] = {patch[0]}")
+    need(patch[1] == patch[2], "model.stem_patch", "rows and columns must be equal on a square input")
+    need(data.size % patch[1] == 0, "data.size", f"must be divisible by model.stem_patch[1] = {patch[1]}")
+    need(data.size // patch[1] >= cells, "data.size", f"too small for {len(model.channels)} CNN stages")
+    need(model.hidden_size % model.num_heads == 0, "model.hidden_size", f"must be divisible by {model.num_heads} heads")
+    need(len(model.blocks) == len(model.channels) - 1, "model.blocks", "one entry for each channel after the first")
+    need(data.max_tokens >= 4, "data.max_tokens", "need at least 4")
+    need(data.folds == 0 or data.folds >= 3, "data.folds", "0 (the set's own splits) or at least 3")
+    need(data.folds == 0 or 0 <= data.fold < data.folds, "data.fold", f"must lie in [0, {data.folds})")
+    need(train.batch_size >= 2, "train.batch_size", "relations between samples need at least 2")
+    need(config.optimizer.name in ("sgd", "adamw"), "optimizer.name", "choose 'sgd' or 'adamw'")
+    need(config.loss.reduction in ("mean", "mean_valid", "sum"), "loss.reduction", "choose mean, mean_valid or sum")
+    need(config.loss.temperature > 0, "loss.temperature", "must be positive")
+    for stage in ("teacher", "student", "mutual", "finetune"):
+        need(train[f"{stage}_epochs"] > 0, f"train.{stage}_epochs", "every stage needs a positive number of epochs")

@@ -1,0 +1,295 @@
+"""Evaluates a trained run on its test studies: the four pre-training tasks, annotation, eval.json and report.html."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import dilbert_jax
+from dilbert_jax import annotation as annotations
+from dilbert_jax.annotation import Thresholds
+from dilbert_jax.evaluation.metrics import classification_report, majority_baseline, multilabel_report
+from dilbert_jax.evaluation.retrieval import multilabel_recall_at_k, recall_at_k
+from dilbert_jax.experiment import Experiment, open_experiment
+from dilbert_jax.input_pipeline import evaluation_batches
+from dilbert_jax.report import render_report
+from dilbert_jax.training.log import read_metrics
+from dilbert_jax.training.loop import NETWORKS, network_params
+from dilbert_jax.training.step import pretraining_forward, task_masks
+
+SCHEMA = "dilbert-jax/evaluation/1"
+BATCH_SIZE = 32
+
+
+def evaluate(
+    config: Any, workdir: pathlib.Path, *, split: str = "test", command: str = "", progress: bool = True
+) -> dict[str, Any]:
+    """Evaluates both networks of a finished run and writes eval.json and report.html into the workdir.
+
+    Args:
+      config: the run's configuration.
+      workdir: a run whose stages are complete.
+      split: which studies; thresholds always come from validation.
+      command: what the user typed, for the record.
+      progress: show a progress bar.
+
+    Returns:
+      The content of eval.json (docs/evaluation.md).
+    """
+    experiment = open_experiment(config, workdir)
+    context, store = experiment.context, experiment.store
+    indices = experiment.indices[split]
+    if not len(indices):
+        raise ValueError(f"data set {config.data.name!r} has no {split} study to evaluate on")
+    networks, predictions, thresholds = {}, {}, {}
+    for network in tqdm(NETWORKS, desc="evaluating", unit="network", disable=not progress):
+        params, _ = network_params(context, workdir, "mutual", network)
+        pretraining = _pretraining_tasks(experiment, params, indices)
+        params, step = network_params(context, workdir, "finetune", network)
+        thresholds[network] = _choose_thresholds(experiment, params)
+        predictions[network] = _predict_all(experiment, params, indices)
+        networks[network] = {
+            "step": step,
+            "pretraining": pretraining,
+            "annotation": _annotation_reports(experiment, predictions[network], indices, thresholds[network]),
+        }
+    thresholds["student"].save(workdir / "thresholds.json")
+    evaluation = {
+        "schema": SCHEMA,
+        "dataset": config.data.name,
+        "split": split,
+        "fold": config.data.fold if config.data.folds else None,
+        "folds": config.data.folds or None,
+        "num_clips": len(indices),
+        "num_groups": len({store.studies[i].group_id for i in indices}),
+        "num_train_clips": len(experiment.indices["train"]),
+        "device": str(jax.devices()[0].device_kind),
+        "command": command,
+        "versions": {
+            "dilbert-jax": dilbert_jax.__version__,
+            **{name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")},
+        },
+        "synthetic_reports": sum(store.studies[i].report_is_synthetic for i in indices),
+        "synthetic_data": config.data.name == "phantom",
+        "data_fingerprint": experiment.dataset["fingerprint"],
+        "seed": config.seed,
+        "networks": networks,
+        "baseline": {"majority": _majority(experiment, indices)},
+    }
+    (workdir / "eval.json").write_text(
+        json.dumps(evaluation, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
+    )
+    examples = _example_annotations(experiment, predictions["student"], indices, thresholds["student"], networks)
+    history = read_metrics(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
+    render_report(evaluation, history, examples, workdir / "report.html", graph=context.graph)
+    return evaluation
+
+
+def summarize(evaluation: dict[str, Any]) -> str:
+    """A few lines for the console: the main figures of both networks with their 95 % intervals."""
+    lines = [f"{evaluation['num_clips']} {evaluation['split']} clips of {evaluation['num_groups']} groups"]
+    for network, result in evaluation["networks"].items():
+        parts = [f"CMM accuracy {result['pretraining']['cmm']['accuracy']:.3f}"]
+        for head, report in result["annotation"].items():
+            name, interval = ("accuracy", report["accuracy"]) if head == "organ" else ("macro F1", report["macro"]["f1"])
+            text = f"{head} {name} {interval['value']:.3f}"
+            if interval["low"] is not None:
+                text += f" [{interval['low']:.3f}, {interval['high']:.3f}]"
+            parts.append(text)
+        lines.append(f"{network}: " + ", ".join(parts))
+    return "\n".join(lines)
+
+
+def _pretraining_tasks(experiment: Experiment, params: Any, indices: np.ndarray) -> dict[str, Any]:
+    """R@1, R@10 and chance of MLM, MDC and MOC, accuracy of CMM, on masked copies of the clips."""
+    context = experiment.context
+    config = context.config
+    forward = jax.jit(lambda p, b: pretraining_forward(context.model, p, b, None)[0])
+    collected: dict[str, list[np.ndarray]] = {}
+
+    def collect(name: str, values: np.ndarray) -> None:
+        collected.setdefault(name, []).append(values)
+
+    batches = evaluation_batches(
+        experiment.builder.pretraining, indices, BATCH_SIZE, seed=7, repeats=config.evaluate.mask_repeats
+    )
+    for batch, real in batches:
+        inputs = {k: jnp.asarray(v) for k, v in batch.items() if k not in ("study", "frame_index")}
+        logits = jax.device_get(forward(params, inputs))
+        masks = {k: np.asarray(v) & real.reshape(-1, *[1] * (v.ndim - 1)) for k, v in task_masks(inputs).items()}
+        classes = np.broadcast_to(batch["classes"][:, None], logits["mdc"].shape)
+        targets = {"mlm": batch["mlm_targets"], "mdc": classes, "moc": batch["region_labels"]}
+        for task, target in targets.items():
+            collect(f"{task}/logits", logits[task][masks[task]])
+            collect(f"{task}/targets", target[masks[task]])
+        collect("cmm/logits", logits["cmm"][masks["cmm"]])
+        collect("cmm/targets", batch["matched"].astype(np.int64)[masks["cmm"]])
+    joined = {name: np.concatenate(values) for name, values in collected.items()}
+    measure: dict[str, Callable[..., dict[str, Any]]] = {
+        "mlm": recall_at_k,
+        "mdc": multilabel_recall_at_k,
+        "moc": recall_at_k,
+        "cmm": recall_at_k,
+    }
+    tasks = {task: measure[task](joined[f"{task}/logits"], joined[f"{task}/targets"]) for task in measure}
+    tasks["cmm"]["accuracy"] = tasks["cmm"]["recall_at_1"]
+    return tasks
+
+
+def _predict_all(experiment: Experiment, params: Any, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Annotation probabilities of every study, in order, with the examples they came from."""
+    rows: dict[str, list[np.ndarray]] = {}
+    for batch, real in evaluation_batches(experiment.builder.annotation, indices, BATCH_SIZE, seed=7):
+        output = annotations.predict(experiment.context, params, batch)
+        for name, values in {**output, **{f"batch/{k}": v for k, v in batch.items()}}.items():
+            rows.setdefault(name, []).append(values[real])
+    return {name: np.concatenate(values) for name, values in rows.items()}
+
+
+def _choose_thresholds(experiment: Experiment, params: Any) -> Thresholds:
+    """Best-F1 thresholds on the validation studies."""
+    labels, indices = experiment.context.labels, experiment.indices["validation"]
+    if not len(indices):
+        return Thresholds({}, {})
+    output = _predict_all(experiment, params, indices)
+
+    def choose(ids: tuple[str, ...], probabilities: np.ndarray, targets: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+        chosen = {}
+        for column, concept in enumerate(ids):
+            keep = mask[:, column]
+            value = annotations.choose_threshold(probabilities[keep, column], targets[keep, column])
+            if value is not None:
+                chosen[concept] = value
+        return chosen
+
+    finding_mask = np.repeat(output["batch/findings_mask"][:, None], len(labels.findings), 1)
+    return Thresholds(
+        findings=choose(labels.findings, output["findings"], output["batch/findings"], finding_mask),
+        entities=choose(labels.entities, output["entities"], output["batch/entities"], output["batch/entities_mask"]),
+    )
+
+
+def _annotation_reports(
+    experiment: Experiment, output: dict[str, np.ndarray], indices: np.ndarray, thresholds: Thresholds
+) -> dict[str, Any]:
+    """Sensitivity, precision and F1 (14)-(16) of organ, condition, findings and entities."""
+    labels = experiment.context.labels
+    resamples = experiment.context.config.evaluate.num_resamples
+    groups = np.asarray([experiment.store.studies[i].group_id for i in indices])
+    reports = {}
+    for head, ids in (("organ", labels.organs), ("condition", labels.conditions)):
+        targets = output[f"batch/{head}"]
+        known = targets >= 0
+        if len(ids) > 1 and known.any():
+            predicted = output[head].argmax(-1)
+            reports[head] = classification_report(
+                targets[known], predicted[known], ids, groups[known], num_resamples=resamples
+            )
+    known = output["batch/findings_mask"]
+    if labels.findings and known.any():
+        limits = np.asarray([thresholds.finding(f) for f in labels.findings])
+        reports["findings"] = multilabel_report(
+            output["batch/findings"][known],
+            (output["findings"] >= limits)[known],
+            labels.findings,
+            groups[known],
+            num_resamples=resamples,
+        )
+    if labels.entities:
+        limits = np.asarray([thresholds.entity(e) for e in labels.entities])
+        known_entities = output["batch/entities_mask"]
+        # An uncertain entity counts neither way: it is predicted as it is labelled, absent.
+        reports["entities"] = multilabel_report(
+            output["batch/entities"] & known_entities,
+            (output["entities"] >= limits) & known_entities,
+            labels.entities,
+            groups,
+            num_resamples=resamples,
+        )
+    return reports
+
+
+def _majority(experiment: Experiment, indices: np.ndarray) -> dict[str, Any]:
+    """What always answering the commonest training label scores."""
+    labels, store = experiment.context.labels, experiment.store
+    resamples = experiment.context.config.evaluate.num_resamples
+    reports = {}
+    for head, ids in (("organ", labels.organs), ("condition", labels.conditions)):
+        index = {concept: i for i, concept in enumerate(ids)}
+
+        def targets(split: np.ndarray, index: dict[str, int] = index, head: str = head) -> np.ndarray:
+            return np.asarray([index.get(getattr(store.studies[i], head), -1) for i in split])
+
+        known = targets(indices) >= 0
+        train = targets(experiment.indices["train"])
+        if len(ids) > 1 and known.any() and (train >= 0).any():
+            groups = np.asarray([store.studies[i].group_id for i in indices])
+            predicted = majority_baseline(train[train >= 0], int(known.sum()))
+            reports[head] = classification_report(
+                targets(indices)[known], predicted, ids, groups[known], num_resamples=resamples
+            )
+    return reports
+
+
+def _example_annotations(
+    experiment: Experiment,
+    output: dict[str, np.ndarray],
+    indices: np.ndarray,
+    thresholds: Thresholds,
+    networks: dict[str, Any],
+) -> list[tuple[dict[str, Any], np.ndarray]]:
+    """Annotations of a few test clips, spread over the organs and conditions, with the frames they look at."""
+    context, store = experiment.context, experiment.store
+    seen: dict[tuple[str, str], int] = {}
+    ranked = []
+    for row, index in enumerate(indices):
+        study = store.studies[index]
+        key = (study.organ, study.condition)
+        seen[key] = seen.get(key, 0) + 1
+        ranked.append((seen[key], row))
+    chosen = [row for _, row in sorted(ranked)][: context.config.evaluate.num_examples]
+    examples = []
+    for row in chosen:
+        study, frames = store.studies[indices[row]], store.frames(int(indices[row]))
+        example = {k.removeprefix("batch/"): v[row] for k, v in output.items() if k.startswith("batch/")}
+        # Shown at the model's resolution: frame numbers count the stored frames.
+        number = {source: i for i, source in enumerate(study.frame_index)}
+        example["frame_index"] = np.asarray([number[int(i)] for i in example["frame_index"]])
+        source = {
+            "file": study.study_id,
+            "sha256": "",
+            "num_frames": len(frames),
+            "height": frames.shape[1],
+            "width": frames.shape[2],
+            "fps": None,
+            "pixel_spacing_mm": None,
+            "decoder": "stored clip",
+        }
+        model = {
+            "network": "student",
+            "stage": "finetune",
+            "step": networks["student"]["step"],
+            "dataset": context.config.data.name,
+        }
+        prediction = {k: v[row] for k, v in output.items() if not k.startswith("batch/")}
+        entry = annotations.compose(
+            context, prediction, example, example["boxes"], thresholds, source=source, model=model
+        )
+        entry["reference"] = {
+            "organ": study.organ,
+            "condition": study.condition,
+            "findings": list(study.findings),
+            "report": study.report,
+            "language": study.language,
+            "report_is_synthetic": study.report_is_synthetic,
+        }
+        examples.append((entry, np.asarray(frames)))
+    return examples

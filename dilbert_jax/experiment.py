@@ -1,0 +1,238 @@
+"""Everything a run needs besides its weights: data, splits, vocabulary, label space and the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from dilbert_jax import datasets, splits
+from dilbert_jax.clips import ClipStore, open_clip_store
+from dilbert_jax.config import load_config, save_config
+from dilbert_jax.data.record import EncodedFrames, decode_png
+from dilbert_jax.input_pipeline import ExampleBuilder, InputSpec, entity_statuses
+from dilbert_jax.knowledge import KnowledgeGraph, ReportTokenizer, load_graph
+from dilbert_jax.labels import LabelSpace, build_label_space
+from dilbert_jax.models import Dilbert, DilbertConfig
+from dilbert_jax.training.step import LossConfig
+
+MAX_NAME_PIECES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelContext:
+    """What turns a clip into an annotation, without any data set: all of it is read from a workdir."""
+
+    config: ml_collections.ConfigDict
+    graph: KnowledgeGraph
+    tokenizer: ReportTokenizer
+    labels: LabelSpace
+    spec: InputSpec
+    model: Dilbert
+    entity_names: tuple[np.ndarray, np.ndarray]
+    entity_of_region: np.ndarray
+
+    @property
+    def loss(self) -> LossConfig:
+        return LossConfig(**self.config.loss)
+
+    def init_params(self, key: jax.Array) -> Any:
+        """Freshly initialised parameters of one network."""
+        spec = self.spec
+        frames = jnp.zeros((1, spec.num_frames, self.config.data.size, self.config.data.size), jnp.uint8)
+        tokens = jnp.zeros((1, spec.max_tokens), jnp.int32)
+        regions = spec.num_grid_regions
+        arguments = (
+            frames,
+            jnp.ones(frames.shape[:2], bool),
+            jnp.zeros((1, regions, 4), jnp.float32),
+            jnp.zeros((1, regions), jnp.int32),
+            jnp.ones((1, regions), bool),
+            tokens,
+            tokens,
+            jnp.ones(tokens.shape, bool),
+            jnp.zeros((1, spec.max_masked_tokens), jnp.int32),
+            *map(jnp.asarray, self.entity_names),
+        )
+        return jax.jit(self.model.init)(key, *arguments)["params"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A model context together with its data set."""
+
+    context: ModelContext
+    store: ClipStore
+    builder: ExampleBuilder
+    indices: dict[str, np.ndarray]  # train, validation, test
+    dataset: dict[str, Any]  # what preparation.json says of the data
+
+
+def make_context(
+    config: ml_collections.ConfigDict, graph: KnowledgeGraph, tokenizer: ReportTokenizer, labels: LabelSpace
+) -> ModelContext:
+    """Assembles the model for a configuration, vocabulary and label space."""
+    data = config.data
+    spec = InputSpec(
+        num_frames=data.num_frames,
+        stem_patch=config.model.stem_patch[0],
+        grid_scales=tuple(data.grid_scales),
+        grid_steps=data.grid_steps,
+        max_annotated_regions=data.max_annotated_regions,
+        max_tokens=data.max_tokens,
+        guided=data.guided_masking,
+        augment=data.augment,
+    )
+    fields = {name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in config.model.items()}
+    model = Dilbert(
+        DilbertConfig(
+            vocab_size=tokenizer.vocab_size,
+            # A softmax over an empty space keeps one output whose loss never counts.
+            num_organs=max(1, len(labels.organs)),
+            num_conditions=max(1, len(labels.conditions)),
+            num_findings=len(labels.findings),
+            num_classes=len(labels.classes),
+            num_region_classes=max(1, len(labels.regions)),
+            max_tokens=data.max_tokens,
+            max_steps=spec.num_steps,
+            **fields,
+        )
+    )
+    names = np.zeros((max(1, len(labels.entities)), MAX_NAME_PIECES), np.int32)
+    mask = np.zeros(names.shape, bool)
+    for row, concept in enumerate(labels.entities):
+        # The names in both languages; an empty graph keeps the tokenizer from marking entities.
+        pieces: list[int] = []
+        for language in ("en", "zh"):
+            encoded = tokenizer.encode(graph.name(concept, language), language, graph, MAX_NAME_PIECES)
+            pieces += [int(i) for i in encoded.token_ids[encoded.token_mask][1:-1] if i != tokenizer.unk_id]
+        pieces = pieces[:MAX_NAME_PIECES]
+        names[row, : len(pieces)], mask[row, : len(pieces)] = pieces, True
+    entity = {concept: i for i, concept in enumerate(labels.entities)}
+    entity_of_region = np.asarray([entity.get(r, -1) for r in labels.regions] or [-1], np.int32)
+    return ModelContext(config, graph, tokenizer, labels, spec, model, (names, mask), entity_of_region)
+
+
+def load_context(workdir: pathlib.Path) -> ModelContext:
+    """Reads what training wrote to a workdir: configuration, vocabulary and label space.
+
+    Raises:
+      FileNotFoundError: the folder holds no run.
+    """
+    for name in ("config.json", "vocab.txt", "labels.json"):
+        if not (workdir / name).is_file():
+            raise FileNotFoundError(f"{workdir / name} is missing: {workdir} holds no run; train one with train.py")
+    config = load_config(workdir / "config.json")
+    graph = load_graph(config.data.graph_file or None)
+    return make_context(
+        config, graph, ReportTokenizer.load(workdir / "vocab.txt"), LabelSpace.load(workdir / "labels.json")
+    )
+
+
+def open_experiment(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Experiment:
+    """Prepares the data set when needed, and creates or reopens a run in `workdir`.
+
+    Raises:
+      ValueError: the workdir holds a run with another configuration.
+    """
+    data = config.data
+    workdir.mkdir(parents=True, exist_ok=True)
+    if (workdir / "config.json").exists():
+        check_same_config(config, workdir)
+    else:
+        save_config(config, workdir / "config.json")
+    graph = load_graph(data.graph_file or None)
+    tfds_builder = datasets.prepare(data.name, manual_dir=data.manual_dir or None, data_dir=data.data_dir or None)
+    folder = pathlib.Path(tfds_builder.data_path)
+    preparation = json.loads((folder / "preparation.json").read_text(encoding="utf-8"))
+
+    def examples() -> Iterator[tuple[str, dict[str, Any]]]:
+        for split in tfds_builder.info.splits:
+            for example in tfds_builder.as_data_source(split, decoders={"frames": EncodedFrames()}):
+                yield split, example
+
+    store = open_clip_store(
+        examples(),
+        decode_png,
+        folder=folder,
+        fingerprint=preparation["fingerprint"],
+        size=data.size,
+        stored_frames=data.stored_frames,
+    )
+    indices = _split(store, data)
+    tokenizer = _open_tokenizer(config, workdir, [store.studies[i].report for i in indices["train"]])
+    if (workdir / "labels.json").exists():
+        labels = LabelSpace.load(workdir / "labels.json")
+    else:
+        statuses = [entity_statuses(store.studies[i], graph) for i in indices["train"]]
+        labels = build_label_space(
+            organs=[s.organ for s in store.studies],
+            conditions=[s.condition for s in store.studies],
+            findings=[s.findings for s in store.studies],
+            regions=[label for s in store.studies for label in s.region_labels],
+            entities=[[c for c, status in held.items() if status == "present"] for held in statuses],
+            graph=graph,
+            min_count=data.min_entity_count,
+        )
+        labels.save(workdir / "labels.json")
+    context = make_context(config, graph, tokenizer, labels)
+    return Experiment(
+        context, store, ExampleBuilder(store, labels, context.spec, tokenizer, graph), indices, preparation
+    )
+
+
+def check_same_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Raises `ValueError`, naming every differing field, when the workdir holds a run with another configuration."""
+    old = load_config(workdir / "config.json").to_dict()
+    old, new = json.loads(json.dumps(old)), json.loads(json.dumps(config.to_dict()))
+    differences = []
+    for section in sorted({*old, *new}):
+        a, b = old.get(section), new.get(section)
+        if isinstance(a, dict) and isinstance(b, dict):
+            differences += [f"{section}.{f}: {a.get(f)!r} -> {b.get(f)!r}" for f in a if a.get(f) != b.get(f)]
+        elif a != b:
+            differences.append(f"{section}: {a!r} -> {b!r}")
+    if differences:
+        raise ValueError(
+            f"{workdir} holds a run with another configuration ({'; '.join(differences)}); "
+            "name another --workdir, or delete this one"
+        )
+
+
+def _split(store: ClipStore, data: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+    """Indices of train, validation and test studies: the set's own splits, or one fold of k, both by group."""
+    studies = store.studies
+    if data.folds:
+        folds = splits.k_folds(
+            [s.group_id for s in studies],
+            [s.condition or s.organ for s in studies],
+            data.folds,
+            data.split_seed,
+            study_ids=[s.study_id for s in studies],
+        )
+        return dict(zip(splits.SPLITS, folds[data.fold], strict=True))
+    return {
+        name: np.asarray([i for i, s in enumerate(studies) if s.split == name], np.int64)
+        for name in splits.SPLITS
+    }
+
+
+def _open_tokenizer(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, training_reports: list[str]
+) -> ReportTokenizer:
+    """The run's own vocabulary, the user's vocab.txt, or WordPiece trained on the training reports."""
+    path = workdir / "vocab.txt"
+    if not path.exists():
+        if config.data.vocab_file:
+            tokenizer = ReportTokenizer.load(config.data.vocab_file)
+        else:
+            tokenizer = ReportTokenizer.train(training_reports, config.data.vocab_size)
+        tokenizer.save(path)
+    return ReportTokenizer.load(path)

@@ -1,0 +1,382 @@
+"""From stored clips to batches: frame sampling, augmentation, regions, corruption for the four tasks, Grain."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from dilbert_jax.clips import ClipStore, Study, select_evenly
+from dilbert_jax.knowledge import EncodedReport, KnowledgeGraph, ReportTokenizer, extract_entities, mask_report
+from dilbert_jax.labels import LabelSpace
+
+Example = dict[str, np.ndarray]
+MASK_RATE = 0.15
+ZERO_RATE = 0.9
+NO_LEAK_IOU = 0.4  # decision D10
+LABEL_IOU = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class InputSpec:
+    """Shapes and choices of the input pipeline.
+
+    Attributes:
+      num_frames: frames a clip is sampled to; shorter clips are padded.
+      stem_patch: frames per description token.
+      grid_scales: boxes per side of each scale of the region grid inside the scan sector.
+      grid_steps: how many times across the clip the grid is laid.
+      max_annotated_regions: most annotated boxes a clip contributes in pre-training.
+      max_tokens: report length in word pieces.
+      guided: knowledge-graph-guided masking (D8).
+      augment: random gain, gamma, shift, and mirroring where no side is named.
+    """
+
+    num_frames: int
+    stem_patch: int
+    grid_scales: tuple[int, ...]
+    grid_steps: int
+    max_annotated_regions: int
+    max_tokens: int
+    guided: bool = True
+    augment: bool = True
+
+    @property
+    def num_grid_regions(self) -> int:
+        return self.grid_steps * sum(scale * scale for scale in self.grid_scales)
+
+    @property
+    def num_steps(self) -> int:
+        return self.num_frames // self.stem_patch
+
+    @property
+    def max_masked_tokens(self) -> int:
+        return max(1, round(MASK_RATE * self.max_tokens))
+
+
+class ExampleBuilder:
+    """Builds one example from a study: pure in (index, rng), so any worker on any host gives the same one."""
+
+    def __init__(
+        self,
+        store: ClipStore,
+        labels: LabelSpace,
+        spec: InputSpec,
+        tokenizer: ReportTokenizer,
+        graph: KnowledgeGraph,
+    ):
+        self.store, self.labels, self.spec, self.tokenizer, self.graph = store, labels, spec, tokenizer, graph
+        self._organ = {c: i for i, c in enumerate(labels.organs)}
+        self._condition = {c: i for i, c in enumerate(labels.conditions)}
+        self._region = {c: i for i, c in enumerate(labels.regions)}
+        self._reports = [
+            tokenizer.encode(s.report, s.language, graph, spec.max_tokens) for s in store.studies
+        ]
+        self._blank = tokenizer.encode("", "en", graph, spec.max_tokens)
+        self._groups = np.unique([s.group_id for s in store.studies], return_inverse=True)[1]
+        self._texts = np.unique([s.report for s in store.studies], return_inverse=True)[1]
+        self._has_report = np.asarray([bool(s.report.strip()) for s in store.studies])
+        self._targets = [self._clip_targets(s) for s in store.studies]
+
+    # -- labels ------------------------------------------------------------------------------------------------
+
+    def _clip_targets(self, study: Study) -> Example:
+        """Labels of the whole clip; -1 and False masks stand for unknown."""
+        labels = self.labels
+        statuses = entity_statuses(study, self.graph)
+        known_findings = bool(study.findings or study.condition)
+        held = set(study.findings) | {study.condition}
+        return {
+            "organ": np.int32(self._organ.get(study.organ, -1)),
+            "condition": np.int32(self._condition.get(study.condition, -1)),
+            "findings": np.asarray([f in study.findings for f in labels.findings], bool),
+            "findings_mask": np.asarray(known_findings and bool(labels.findings)),
+            "classes": np.asarray([c in held for c in labels.classes], bool),
+            "classes_mask": np.asarray(known_findings),
+            "entities": np.asarray([statuses.get(e) == "present" for e in labels.entities], bool),
+            "entities_mask": np.asarray([statuses.get(e) != "uncertain" for e in labels.entities], bool),
+        }
+
+    # -- frames ------------------------------------------------------------------------------------------------
+
+    def _sample_frames(self, available: int, rng: np.random.Generator | None) -> np.ndarray:
+        """Which stored frames to use: evenly spaced; in training at a random offset and stretch."""
+        wanted = self.spec.num_frames
+        if available <= wanted or rng is None:
+            return select_evenly(available, wanted)
+        span = available * rng.uniform(0.85, 1.0)
+        start = rng.uniform(0.0, available - span)
+        return np.minimum((start + (np.arange(wanted) + 0.5) * span / wanted).astype(np.int64), available - 1)
+
+    # -- regions -----------------------------------------------------------------------------------------------
+
+    def _label_grid(
+        self, grid: np.ndarray, frames: np.ndarray, boxes: np.ndarray, box_frames: np.ndarray, labels: np.ndarray
+    ) -> np.ndarray:
+        """Label of the annotated box that each grid box overlaps most (IoU >= 0.3) in the nearest annotated frame."""
+        out = np.full(len(grid), -1, np.int32)
+        if not len(boxes):
+            return out
+        overlap = box_iou(grid, boxes)
+        distance = np.abs(frames[:, None] - box_frames[None, :])
+        overlap[distance > distance.min(axis=1, keepdims=True)] = 0.0
+        best = overlap.argmax(axis=1)
+        hit = overlap[np.arange(len(grid)), best] >= LABEL_IOU
+        out[hit] = labels[best[hit]]
+        return out
+
+    # -- examples ----------------------------------------------------------------------------------------------
+
+    def _visual(self, index: int, rng: np.random.Generator | None, annotated: bool) -> Example:
+        """Frames and regions of one clip."""
+        spec, study = self.spec, self.store.studies[index]
+        sampled = self._sample_frames(len(study.frame_index), rng)
+        frames = np.asarray(self.store.frames(index)[sampled])
+        sector = np.asarray([study.sector], np.float32)
+        boxes = np.asarray(study.region_boxes, np.float32).reshape(-1, 4)
+        stored = np.asarray(study.region_frames, np.int64)
+        labels = np.asarray([self._region[label] for label in study.region_labels], np.int32)
+        if spec.augment and rng is not None:
+            mirror = not names_a_side(self._reports[index])
+            frames, boxes, sector = augment(frames, boxes, sector, rng, mirror)
+        # Frame numbers within the sampled frames; boxes pushed off the image by a shift are dropped.
+        box_frames = np.abs(stored[:, None] - sampled[None, :]).argmin(1).astype(np.int32) if len(stored) else stored
+        size = np.minimum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])
+        keep = size > 0.01
+        boxes, box_frames, labels = boxes[keep], box_frames[keep], labels[keep]
+
+        grid, grid_frames = lay_grid(spec, sector[0], len(sampled))
+        if study.region_labels:
+            grid_labels = self._label_grid(grid, grid_frames, boxes, box_frames, labels)
+        else:
+            grid_labels = np.full(len(grid), self._region.get(study.organ, -1), np.int32)
+
+        num_regions = spec.num_grid_regions + (spec.max_annotated_regions if annotated else 0)
+        out_boxes = np.zeros((num_regions, 4), np.float32)
+        out_frames, out_labels = np.zeros(num_regions, np.int32), np.full(num_regions, -1, np.int32)
+        mask = np.zeros(num_regions, bool)
+        count = 0
+        if annotated and len(boxes):
+            limit = min(len(boxes), spec.max_annotated_regions)
+            chosen = (
+                select_evenly(len(boxes), limit) if rng is None else np.sort(rng.permutation(len(boxes))[:limit])
+            )
+            count = len(chosen)
+            out_boxes[:count], out_frames[:count] = boxes[chosen], box_frames[chosen]
+            out_labels[:count], mask[:count] = labels[chosen], True
+        end = count + len(grid)
+        out_boxes[count:end], out_frames[count:end] = grid, grid_frames
+        out_labels[count:end], mask[count:end] = grid_labels, True
+
+        frames, frame_mask = pad_frames(frames, spec.num_frames)
+        return {
+            "frames": frames,
+            "frame_mask": frame_mask,
+            "boxes": out_boxes,
+            "box_frames": out_frames,
+            "region_labels": out_labels,
+            "region_mask": mask,
+            "frame_index": np.pad(
+                np.asarray(study.frame_index, np.int32)[sampled], (0, spec.num_frames - len(sampled)), mode="edge"
+            ),
+            "study": np.int32(index),
+        }
+
+    def pretraining(self, index: int, rng: np.random.Generator, *, train: bool = True) -> Example:
+        """One corrupted example for MLM, MDC, MOC and CMM (PAPER section 4).
+
+        Half of the reports are replaced by another patient's with another text (D11); `matched` says which. All
+        randomness comes from `rng`; without `train` frames are evenly sampled and not augmented.
+        """
+        spec = self.spec
+        example = self._visual(index, rng if train else None, annotated=True)
+        example |= self._targets[index]
+
+        partner = self._mismatched(index, rng) if rng.random() < 0.5 else index
+        report = self._reports[partner]
+        masked = mask_report(report, rng, self.tokenizer, self.graph, rate=MASK_RATE, guided=spec.guided)
+        positions = np.flatnonzero(masked.target_mask)[: spec.max_masked_tokens]
+        mlm_mask = np.arange(spec.max_masked_tokens) < len(positions)
+        positions = np.pad(positions, (0, spec.max_masked_tokens - len(positions)))
+        example |= {
+            "token_ids": masked.token_ids,
+            "token_types": masked.token_types,
+            "token_mask": report.token_mask,
+            "mlm_positions": positions.astype(np.int32),
+            "mlm_targets": masked.targets[positions],
+            "mlm_mask": mlm_mask,
+            "matched": np.asarray(partner == index),
+            "cmm_mask": self._has_report[index],
+        }
+
+        steps = example["frame_mask"].reshape(-1, spec.stem_patch).any(1)
+        target = choose_share(steps, MASK_RATE, rng)
+        example |= {
+            "description_target": target,
+            "description_zeroed": target & (rng.random(len(target)) < ZERO_RATE),
+        }
+        labelled = example["region_mask"] & (example["region_labels"] >= 0)
+        target = choose_share(labelled, MASK_RATE, rng)
+        zeroed = target & (rng.random(len(target)) < ZERO_RATE)
+        overlap = box_iou(example["boxes"], example["boxes"]) > NO_LEAK_IOU
+        example |= {"region_target": target, "region_zeroed": zeroed | (overlap[zeroed].any(0) & ~target)}
+        return example
+
+    def _mismatched(self, index: int, rng: np.random.Generator) -> int:
+        """A study of another group with another, non-empty report; `index` itself when there is none."""
+        possible = (
+            (self._groups != self._groups[index]) & (self._texts != self._texts[index]) & self._has_report
+        )
+        candidates = np.flatnonzero(possible)
+        return int(rng.choice(candidates)) if len(candidates) else index
+
+    def annotation(self, index: int, rng: np.random.Generator, *, train: bool = True) -> Example:
+        """One example for fine-tuning or evaluation: the clip alone, regions from the grid, no report."""
+        example = self._visual(index, rng if train else None, annotated=False)
+        if not self.store.studies[index].region_labels:
+            # Without annotated boxes every region carries the clip's organ, which is no evidence of a place.
+            example["region_labels"] = np.full_like(example["region_labels"], -1)
+        return example | self._targets[index] | self.blank_report()
+
+    def blank_report(self) -> Example:
+        """The entity stream of a clip without a report: [CLS] [SEP], cut to the two tokens that exist."""
+        blank = self._blank
+        return {
+            "token_ids": blank.token_ids[:2],
+            "token_types": blank.token_types[:2],
+            "token_mask": blank.token_mask[:2],
+        }
+
+
+def lay_grid(spec: InputSpec, sector: Sequence[float], num_valid: int) -> tuple[np.ndarray, np.ndarray]:
+    """The fixed multi-scale region grid inside the scan sector (D2).
+
+    Args:
+      spec: grid_scales and grid_steps.
+      sector: (ymin, xmin, ymax, xmax) in [0, 1].
+      num_valid: frames of the clip.
+
+    Returns:
+      Boxes float32 [G, 4] and their frames int32 [G].
+    """
+    ymin, xmin, ymax, xmax = sector
+    boxes = []
+    for scale in spec.grid_scales:
+        ys, xs = np.linspace(ymin, ymax, scale + 1), np.linspace(xmin, xmax, scale + 1)
+        boxes += [(ys[i], xs[j], ys[i + 1], xs[j + 1]) for i in range(scale) for j in range(scale)]
+    frames = ((np.arange(spec.grid_steps) + 0.5) * num_valid / spec.grid_steps).astype(np.int32)
+    return np.tile(np.asarray(boxes, np.float32), (spec.grid_steps, 1)), np.repeat(frames, len(boxes))
+
+
+def pad_frames(frames: np.ndarray, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pads [t, S, S] with zero frames to num_frames; returns it with its frame mask bool [num_frames]."""
+    padded = np.pad(frames, ((0, num_frames - len(frames)), (0, 0), (0, 0)))
+    return padded, np.arange(num_frames) < len(frames)
+
+
+def entity_statuses(study: Study, graph: KnowledgeGraph) -> dict[str, str]:
+    """Status of every concept that the report or the labels of a study speak of; labels win."""
+    statuses: dict[str, str] = {}
+    for entity in extract_entities(study.report, study.language, graph):
+        if statuses.get(entity.concept) != "present":
+            statuses[entity.concept] = entity.status
+    for concept in (study.organ, study.condition, *study.findings):
+        if concept:
+            statuses[concept] = "present"
+    return statuses
+
+
+def names_a_side(report: EncodedReport) -> bool:
+    """Whether a report speaks of left or right, so that mirroring the clip would make it wrong."""
+    return any(entity.concept in ("left", "right") for entity in report.entities)
+
+
+def choose_share(valid: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Chooses `share` of the valid positions: the expected number is exact, the rest rounds at random."""
+    candidates = np.flatnonzero(valid)
+    count = int(np.floor(share * len(candidates) + rng.random()))
+    chosen = np.zeros(len(valid), bool)
+    chosen[rng.permutation(candidates)[:count]] = True
+    return chosen
+
+
+def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Intersection over union of boxes a [N, 4] and b [M, 4]: [N, M]."""
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    inter = np.prod(np.maximum(high - low, 0.0), axis=-1)
+    area_a = np.prod(np.maximum(a[:, 2:] - a[:, :2], 0.0), axis=-1)
+    area_b = np.prod(np.maximum(b[:, 2:] - b[:, :2], 0.0), axis=-1)
+    return inter / np.maximum(area_a[:, None] + area_b[None] - inter, 1e-9)
+
+
+def augment(
+    frames: np.ndarray, boxes: np.ndarray, sector: np.ndarray, rng: np.random.Generator, mirror: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ultrasound-safe augmentation, the same for all frames of a clip (speckle itself is left alone).
+
+    Gain and gamma through a lookup table that keeps black black, a shift of at most 6 % of the canvas, and, where
+    `mirror` allows, a horizontal flip half of the time.
+    """
+    size = frames.shape[1]
+    gain, gamma = rng.uniform(0.8, 1.25), rng.uniform(0.8, 1.25)
+    table = np.clip(255.0 * gain * (np.arange(256) / 255.0) ** gamma, 0, 255).astype(np.uint8)
+    frames = table[frames]
+    boxes, sector = boxes.copy(), sector.copy()
+    if mirror and rng.random() < 0.5:
+        frames = frames[:, :, ::-1]
+        for b in (boxes, sector):
+            b[:, [1, 3]] = 1.0 - b[:, [3, 1]]
+    limit = round(0.06 * size)
+    dy, dx = (int(v) for v in rng.integers(-limit, limit + 1, 2))
+    shifted = np.zeros_like(frames)
+    shifted[:, max(dy, 0) : size + min(dy, 0), max(dx, 0) : size + min(dx, 0)] = frames[
+        :, max(-dy, 0) : size + min(-dy, 0), max(-dx, 0) : size + min(-dx, 0)
+    ]
+    for b in (boxes, sector):
+        b += np.asarray([dy, dx, dy, dx], b.dtype) / size
+        np.clip(b, 0.0, 1.0, out=b)
+    return shifted, boxes, sector
+
+
+def training_batches(
+    build: Callable[[int, np.random.Generator], Example],
+    indices: Sequence[int],
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """Endless shuffled batches; the content of a batch follows from its step alone.
+
+    Args:
+      build: index into the store and a generator -> example.
+      indices: the training studies.
+      batch_size: clips a batch; may exceed the number of studies (batches then cross epochs).
+      seed: order and corruption.
+      start_step: first step to deliver: a resumed run continues exactly.
+    """
+    indices = np.asarray(indices)
+    dataset = grain.MapDataset.source(indices).seed(seed).shuffle().repeat()
+    dataset = dataset.random_map(lambda index, rng: build(int(index), rng)).batch(batch_size)
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    return iter(dataset[start_step:].to_iter_dataset(options))
+
+
+def evaluation_batches(
+    build: Callable[..., Example], indices: Sequence[int], batch_size: int, seed: int, repeats: int = 1
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Every study once (`repeats` times, with other masks), in order; the last batch is padded by its last example.
+
+    Yields:
+      A batch and a bool array [batch_size] that is False where the batch was padded.
+    """
+    work = [(int(i), r) for r in range(repeats) for i in indices]
+    for first in range(0, len(work), batch_size):
+        part = work[first : first + batch_size]
+        examples = [build(i, np.random.default_rng((seed, r, i)), train=False) for i, r in part]
+        real = np.arange(batch_size) < len(part)
+        examples += [examples[-1]] * (batch_size - len(part))
+        yield {name: np.stack([e[name] for e in examples]) for name in examples[0]}, real

@@ -1,0 +1,79 @@
+"""The output spaces of a run: which organs, conditions, findings, region classes and entities a model tells apart."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+
+from dilbert_jax.knowledge import KnowledgeGraph
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelSpace:
+    """Ordered concept ids of every output head; an index into one of these tuples is a label.
+
+    Attributes:
+      organs, conditions, findings: targets of fine-tuning.
+      classes: findings and conditions together, the classes of masked description classification (D9).
+      regions: organ and tissue classes of masked organ classification.
+      entities: candidates that annotation matches with regions and frames.
+    """
+
+    organs: tuple[str, ...]
+    conditions: tuple[str, ...]
+    findings: tuple[str, ...]
+    regions: tuple[str, ...]
+    entities: tuple[str, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.findings + self.conditions
+
+    def save(self, path: pathlib.Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: pathlib.Path) -> LabelSpace:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{name: tuple(ids) for name, ids in fields.items()})
+
+
+def build_label_space(
+    organs: Iterable[str],
+    conditions: Iterable[str],
+    findings: Iterable[Sequence[str]],
+    regions: Iterable[str],
+    entities: Iterable[Sequence[str]],
+    graph: KnowledgeGraph,
+    min_count: int = 3,
+) -> LabelSpace:
+    """Collects the label space of a data set.
+
+    Args:
+      organs, conditions: one id a study; "" (unknown) is left out.
+      findings: the findings of each study.
+      regions: labels of all annotated boxes.
+      entities: concepts present in each *training* study (report and labels).
+      graph: gives the order, so that the same data always give the same indices.
+      min_count: entities held by fewer training studies are no candidates.
+    """
+    rank = {concept: index for index, concept in enumerate(graph.concepts)}
+
+    def order(ids: Iterable[str]) -> tuple[str, ...]:
+        unknown = sorted({i for i in ids if i and i not in rank})
+        if unknown:
+            raise ValueError(f"labels {unknown} are not in the knowledge graph; add them with a graph extension file")
+        return tuple(sorted({i for i in ids if i}, key=rank.__getitem__))
+
+    organs = list(organs)
+    counts = collections.Counter(concept for study in entities for concept in set(study))
+    return LabelSpace(
+        organs=order(organs),
+        conditions=order(conditions),
+        findings=order(f for study in findings for f in study),
+        regions=order([*regions, *organs]),
+        entities=order(c for c, n in counts.items() if n >= min_count),
+    )

@@ -1,0 +1,66 @@
+"""Multi-head attention and the feed-forward block of a post-LN transformer (BERT)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+LAYER_NORM_EPSILON = 1e-12
+
+
+def attend(query: Array, key: Array, value: Array, mask: Array) -> tuple[Array, Array]:
+    """Scaled dot-product attention.
+
+    Args:
+      query: [B, Q, N, K]; key, value: [B, S, N, K].
+      mask: bool [B, S], True = valid key. A row without any valid key gets zeros.
+
+    Returns:
+      Context [B, Q, N, K] and attention weights [B, N, Q, S] (float32).
+    """
+    scores = jnp.einsum("bqnk,bsnk->bnqs", query, key).astype(jnp.float32)
+    scores = scores / jnp.sqrt(jnp.float32(query.shape[-1]))
+    valid = mask[:, None, None, :]
+    scores = jnp.where(valid, scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.where(valid, jax.nn.softmax(scores, axis=-1), 0.0)
+    return jnp.einsum("bnqs,bsnk->bqnk", weights.astype(value.dtype), value), weights
+
+
+class HeadsProjection(nn.Module):
+    """Linear layer to N heads of width K: [B, S, D] -> [B, S, N, K]."""
+
+    num_heads: int
+    hidden_size: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden size {self.hidden_size} is not divisible by {self.num_heads} heads")
+        y = nn.Dense(self.hidden_size, dtype=self.dtype, name="dense")(x)
+        return y.reshape(*y.shape[:-1], self.num_heads, self.hidden_size // self.num_heads)
+
+
+class FeedForward(nn.Module):
+    """Attention output, residual, LN, then Dense-GELU(erf)-Dense, residual, LN (post-LN, as in BERT)."""
+
+    hidden_size: int
+    ffn_size: int
+    dropout: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, residual: Array, context: Array, deterministic: bool) -> Array:
+        """residual [B, S, D], context [B, S, N, K] -> [B, S, D]."""
+        context = context.reshape(*context.shape[:-2], self.hidden_size)
+        y = nn.Dense(self.hidden_size, dtype=self.dtype, name="attention_output")(context)
+        y = nn.Dropout(self.dropout)(y, deterministic=deterministic)
+        x = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="attention_norm")(residual + y)
+        y = nn.Dense(self.ffn_size, dtype=self.dtype, name="intermediate")(x)
+        y = nn.Dense(self.hidden_size, dtype=self.dtype, name="output")(nn.gelu(y, approximate=False))
+        y = nn.Dropout(self.dropout)(y, deterministic=deterministic)
+        return nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="output_norm")(x + y)

@@ -1,0 +1,143 @@
+"""3-D convolution and the 3-D CNN that turns a cine clip into a space-time feature map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+
+def conv3d(x: Array, kernel: Array, strides: Sequence[int] = (1, 1, 1)) -> Array:
+    """Convolves in space and time with zero padding ("same" for odd kernels at stride 1).
+
+    Args:
+      x: [B, T, H, W, C].
+      kernel: [kT, kH, kW, C, O]; odd sizes. Padding is (k - 1) / 2 on both sides of each axis, as in PyTorch's
+        `padding=k//2`, also when the stride exceeds 1.
+      strides: (temporal, vertical, horizontal).
+
+    Returns:
+      [B, T', H', W', O] with T' = ceil(T / stride), and so on.
+    """
+    if x.ndim != 5 or kernel.ndim != 5 or x.shape[-1] != kernel.shape[3]:
+        raise ValueError(f"conv3d needs x [B,T,H,W,C] and kernel [kT,kH,kW,C,O]; got {x.shape} and {kernel.shape}")
+    if any(size % 2 == 0 for size in kernel.shape[:3]):
+        raise ValueError(f"conv3d needs odd kernel sizes; got {kernel.shape[:3]} (a stem with stride = kernel: patchify)")
+    padding = [((size - 1) // 2, (size - 1) // 2) for size in kernel.shape[:3]]
+    if jax.default_backend() != "cpu":
+        return lax.conv_general_dilated(
+            x, kernel, strides, padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+        )
+    # XLA:CPU runs a sum of 2-D convolutions over the temporal taps several times faster than one 3-D convolution.
+    batch, _, height, width, channels = x.shape
+    x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
+    steps = (x.shape[1] - kernel.shape[0]) // strides[0] + 1
+    out: Array | None = None
+    for tap in range(kernel.shape[0]):
+        frames = lax.slice_in_dim(x, tap, tap + (steps - 1) * strides[0] + 1, strides[0], axis=1)
+        y = lax.conv_general_dilated(
+            frames.reshape(batch * steps, height, width, channels),
+            kernel[tap],
+            strides[1:],
+            padding[1:],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        out = y if out is None else out + y
+    assert out is not None
+    return out.reshape(batch, steps, *out.shape[1:])
+
+
+def patchify(x: Array, patch: Sequence[int]) -> Array:
+    """Cuts [B, T, H, W, C] into non-overlapping blocks: [B, T/pT, H/pH, W/pW, pT * pH * pW * C]."""
+    batch, time, height, width, channels = x.shape
+    p_t, p_h, p_w = patch
+    if time % p_t or height % p_h or width % p_w:
+        raise ValueError(f"clip of {time}x{height}x{width} is not divisible by the stem patch {tuple(patch)}")
+    x = x.reshape(batch, time // p_t, p_t, height // p_h, p_h, width // p_w, p_w, channels)
+    x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7)
+    return x.reshape(*x.shape[:4], -1)
+
+
+class Conv3D(nn.Module):
+    """3-D convolution layer; parameters `kernel` [kT, kH, kW, C, O] and `bias` [O]."""
+
+    features: int
+    kernel_size: tuple[int, int, int] = (3, 3, 3)
+    strides: tuple[int, int, int] = (1, 1, 1)
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
+        y = conv3d(x.astype(self.dtype), kernel.astype(self.dtype), self.strides)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return y
+
+
+class ResidualBlock3D(nn.Module):
+    """Pre-normalised residual block: two 3x3x3 convolutions with layer norm over channels."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, valid: Array) -> Array:
+        """x [B, A, H, W, C]; valid [B, A, 1, 1, 1] is 0 at padded steps."""
+        y = nn.LayerNorm(dtype=self.dtype, name="norm1")(x)
+        y = Conv3D(self.features, dtype=self.dtype, name="conv1")(nn.gelu(y) * valid)
+        y = nn.LayerNorm(dtype=self.dtype, name="norm2")(y)
+        y = Conv3D(self.features, dtype=self.dtype, name="conv2")(nn.gelu(y) * valid)
+        return x + y
+
+
+class VideoEncoder(nn.Module):
+    """Small 3-D CNN (decision D1): patch stem, then 2x2 patch merging and residual blocks per stage.
+
+    Stem and merging are one matrix product each (fast on every backend); the 3x3x3 convolutions of the residual
+    blocks do the looking around in space and time.
+
+    Padded steps are zeroed before every convolution, which makes them the same as the convolution's own zero
+    padding: frames appended to a clip change no valid output.
+
+    Attributes:
+      channels: width of the stem and of each later stage; every stage after the stem halves height and width.
+      blocks: residual blocks in each stage after the stem.
+      stem_patch: (frames, rows, columns) that one stem cell covers; time is never reduced after the stem.
+    """
+
+    channels: tuple[int, ...] = (32, 64)
+    blocks: tuple[int, ...] = (1,)
+    stem_patch: tuple[int, int, int] = (2, 4, 4)
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, frames: Array, step_mask: Array) -> Array:
+        """Computes the feature map.
+
+        Args:
+          frames: [B, T, H, W], scaled to about unit variance, zero where padded.
+          step_mask: bool [B, A], A = T / stem_patch[0]; True where a step covers a real frame.
+
+        Returns:
+          [B, A, H', W', C].
+        """
+        if len(self.blocks) != len(self.channels) - 1:
+            raise ValueError(f"{len(self.channels)} channels need {len(self.channels) - 1} blocks; got {self.blocks}")
+        valid = step_mask[:, :, None, None, None].astype(self.dtype)
+        x = patchify(frames[..., None].astype(self.dtype), self.stem_patch)
+        x = nn.Dense(self.channels[0], dtype=self.dtype, name="stem")(x)
+        for stage, (width, depth) in enumerate(zip(self.channels[1:], self.blocks, strict=True)):
+            x = nn.gelu(nn.LayerNorm(dtype=self.dtype, name=f"stage{stage}_norm")(x))
+            x = nn.Dense(width, dtype=self.dtype, name=f"stage{stage}_down")(patchify(x, (1, 2, 2)))
+            for block in range(depth):
+                x = ResidualBlock3D(width, dtype=self.dtype, name=f"stage{stage}_block{block}")(x, valid)
+        return nn.LayerNorm(dtype=self.dtype, name="norm")(x) * valid

@@ -1,0 +1,238 @@
+"""DILBERT: three streams from a clip and its report, fused by tangled-transformer blocks, with task heads."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from dilbert_jax.models.conv3d import VideoEncoder
+from dilbert_jax.models.embeddings import DescriptionEmbedding, EntityEmbedding, RegionEmbedding
+from dilbert_jax.models.heads import ClassHead, MatchHead, Pooler, Transform
+from dilbert_jax.models.regions import pool_regions
+from dilbert_jax.models.tangled import TangledBlock
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DilbertConfig:
+    """Architecture of one network; teacher and student share it (PAPER section 5).
+
+    Attributes:
+      vocab_size, num_*: sizes of the output spaces; they follow from the data set.
+      hidden_size, num_layers, num_heads, ffn_size, dropout: fusion encoder (base: 768, 12, 12, 3072, 0.1).
+      max_tokens: longest report in word pieces; max_steps: most description tokens.
+      channels, blocks, stem_patch: the 3-D CNN (see `VideoEncoder`).
+      region_bins: RoI bins per side.
+      dtype: compute dtype name; parameters, softmax and losses stay float32.
+    """
+
+    vocab_size: int
+    num_organs: int
+    num_conditions: int
+    num_findings: int
+    num_classes: int
+    num_region_classes: int
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    ffn_size: int = 3072
+    dropout: float = 0.1
+    max_tokens: int = 128
+    max_steps: int = 128
+    channels: tuple[int, ...] = (64, 128, 256)
+    blocks: tuple[int, ...] = (2, 2)
+    stem_patch: tuple[int, int, int] = (2, 4, 4)
+    region_bins: int = 2
+    dtype: str = "float32"
+
+
+@flax.struct.dataclass
+class Encoded:
+    """What the fusion encoder knows of a clip and its report.
+
+    Attributes:
+      streams: hidden states per stream: entity [B, L, D], description [B, A, D], region [B, R, D].
+      masks: valid positions per stream.
+      pooled: one vector per stream [B, D].
+      fused: pool_w * pool_a + pool_w * pool_r, [B, D]: what matching and the relational losses look at.
+      cross_weights: last block's cross attention, entity [B, N, A, L] and region [B, N, A, R].
+    """
+
+    streams: dict[str, Array]
+    masks: dict[str, Array]
+    pooled: dict[str, Array]
+    fused: Array
+    cross_weights: dict[str, Array]
+
+
+def normalize_frames(frames: Array, frame_mask: Array) -> Array:
+    """Scales uint8 [B, T, H, W] to about zero mean and unit variance; padded frames become zero."""
+    x = (frames.astype(jnp.float32) / 255.0 - 0.2) / 0.2
+    return jnp.where(frame_mask[:, :, None, None], x, 0.0)
+
+
+class Dilbert(nn.Module):
+    """One network (teacher or student)."""
+
+    config: DilbertConfig
+
+    def setup(self) -> None:
+        c = self.config
+        dtype: Any = jnp.dtype(c.dtype)
+        self.video = VideoEncoder(c.channels, c.blocks, c.stem_patch, dtype)
+        self.entity_embedding = EntityEmbedding(c.vocab_size, c.hidden_size, c.max_tokens, c.dropout, dtype)
+        self.description_embedding = DescriptionEmbedding(c.hidden_size, c.max_steps, c.dropout, dtype)
+        self.region_embedding = RegionEmbedding(c.hidden_size, c.dropout, dtype)
+        self.layers = [
+            TangledBlock(c.hidden_size, c.num_heads, c.ffn_size, c.dropout, dtype) for _ in range(c.num_layers)
+        ]
+        self.pool_entity = Pooler(c.hidden_size, dtype)
+        self.pool_description = Pooler(c.hidden_size, dtype)
+        self.pool_region = Pooler(c.hidden_size, dtype)
+        self.mlm_transform = Transform(c.hidden_size, dtype)
+        self.mlm_bias = self.param("mlm_bias", nn.initializers.zeros, (c.vocab_size,))
+        self.mdc = ClassHead(c.hidden_size, c.num_classes, dtype)
+        self.moc = ClassHead(c.hidden_size, c.num_region_classes, dtype)
+        self.cmm = nn.Dense(2, dtype=jnp.float32)
+        self.organ = ClassHead(c.hidden_size, c.num_organs, dtype)
+        self.condition = ClassHead(c.hidden_size, c.num_conditions, dtype)
+        self.findings = ClassHead(c.hidden_size, c.num_findings, dtype)
+        self.match = MatchHead(c.hidden_size, dtype)
+
+    def encode(
+        self,
+        frames: Array,
+        frame_mask: Array,
+        boxes: Array,
+        box_frames: Array,
+        region_mask: Array,
+        token_ids: Array,
+        token_types: Array,
+        token_mask: Array,
+        description_zeroed: Array | None = None,
+        region_zeroed: Array | None = None,
+        deterministic: bool = True,
+    ) -> Encoded:
+        """Runs the three streams through the fusion encoder.
+
+        Args:
+          frames: uint8 [B, T, H, W]; frame_mask: bool [B, T], valid frames first.
+          boxes: float [B, R, 4] (ymin, xmin, ymax, xmax) in [0, 1]; box_frames: int [B, R], the frame of each.
+          region_mask: bool [B, R].
+          token_ids, token_types: int [B, L]; token_mask: bool [B, L].
+          description_zeroed: bool [B, A], description features to blank (masked description tokens).
+          region_zeroed: bool [B, R], region features to blank.
+          deterministic: no dropout.
+        """
+        c = self.config
+        patch = c.stem_patch[0]
+        batch, num_frames = frame_mask.shape
+        step_mask = frame_mask.reshape(batch, num_frames // patch, patch).any(-1)  # [B, A]
+        features = self.video(normalize_frames(frames, frame_mask), step_mask)  # [B, A, H', W', C]
+
+        description = features.mean(axis=(2, 3))  # [B, A, C]
+        if description_zeroed is not None:
+            description = jnp.where(description_zeroed[..., None], 0.0, description)
+
+        last_step = jnp.maximum(step_mask.sum(-1, keepdims=True) - 1, 0).astype(jnp.float32)
+        steps = jnp.clip((box_frames.astype(jnp.float32) + 0.5) / patch - 0.5, 0.0, last_step)
+        region = pool_regions(features, boxes, steps, c.region_bins)
+        if region_zeroed is not None:
+            region = jnp.where(region_zeroed[..., None], 0.0, region)
+        times = box_frames / jnp.maximum(frame_mask.sum(-1, keepdims=True), 1)
+
+        streams = {
+            "entity": self.entity_embedding(token_ids, token_types, deterministic),
+            "description": self.description_embedding(description, deterministic),
+            "region": self.region_embedding(region, boxes, times, deterministic),
+        }
+        masks = {"entity": token_mask, "description": step_mask, "region": region_mask}
+        cross_weights: dict[str, Array] = {}
+        for layer in self.layers:
+            streams, cross_weights = layer(streams, masks, deterministic)
+        pooled = {
+            "entity": self.pool_entity(streams["entity"][:, 0]),
+            "description": self.pool_description(_mean_valid(streams["description"], step_mask)),
+            "region": self.pool_region(_mean_valid(streams["region"], region_mask)),
+        }
+        fused = pooled["entity"] * pooled["description"] + pooled["entity"] * pooled["region"]
+        return Encoded(streams, masks, pooled, fused, cross_weights)
+
+    def pretrain(self, encoded: Encoded, mlm_positions: Array) -> dict[str, Array]:
+        """Logits of the four pre-training tasks (PAPER section 4).
+
+        Args:
+          encoded: from `encode`.
+          mlm_positions: int [B, M], the report positions to decode (the vocabulary is wide, the masked few).
+
+        Returns:
+          `mlm` [B, M, V], `mdc` [B, A, num_classes] (independent sigmoids), `moc` [B, R, num_region_classes],
+          `cmm` [B, 2] (class 1: report and clip belong together).
+        """
+        tokens = jnp.take_along_axis(encoded.streams["entity"], mlm_positions[..., None], axis=1)
+        mlm = self.entity_embedding.attend(self.mlm_transform(tokens)).astype(jnp.float32) + self.mlm_bias
+        return {
+            "mlm": mlm,
+            "mdc": self.mdc(encoded.streams["description"]),
+            "moc": self.moc(encoded.streams["region"]),
+            "cmm": self.cmm(encoded.fused.astype(jnp.float32)),
+        }
+
+    def annotate(self, encoded: Encoded, entity_names: Array, entity_names_mask: Array) -> dict[str, Any]:
+        """Logits of the annotation (PAPER section 6).
+
+        Args:
+          encoded: from `encode`; the entity stream holds no report here.
+          entity_names: int [E, P] word pieces of the candidate entities' names; entity_names_mask: bool [E, P].
+
+        Returns:
+          `organ` [B, O], `condition` [B, C], `findings` [B, F] (independent sigmoids) and `match`, a dict with
+          `frame` [B, E, A], `region` [B, E, R] and `clip` [B, E].
+        """
+        words = self.entity_embedding.word(entity_names)  # [E, P, D]
+        names = _mean_valid(words, entity_names_mask)
+        clip = encoded.pooled["description"] + encoded.pooled["region"]
+        return {
+            "organ": self.organ(clip),
+            "condition": self.condition(clip),
+            "findings": self.findings(clip),
+            "match": self.match(
+                names,
+                encoded.streams["description"],
+                encoded.streams["region"],
+                encoded.masks["description"],
+                encoded.masks["region"],
+            ),
+        }
+
+    def __call__(
+        self,
+        frames: Array,
+        frame_mask: Array,
+        boxes: Array,
+        box_frames: Array,
+        region_mask: Array,
+        token_ids: Array,
+        token_types: Array,
+        token_mask: Array,
+        mlm_positions: Array,
+        entity_names: Array,
+        entity_names_mask: Array,
+    ) -> tuple[dict[str, Array], dict[str, Any]]:
+        """All heads once, without masking or dropout: touches every parameter, as `init` needs."""
+        encoded = self.encode(
+            frames, frame_mask, boxes, box_frames, region_mask, token_ids, token_types, token_mask
+        )
+        return self.pretrain(encoded, mlm_positions), self.annotate(encoded, entity_names, entity_names_mask)
+
+
+def _mean_valid(x: Array, mask: Array) -> Array:
+    """Mean over the second to last axis of [..., S, D] where mask [..., S]; zero when nothing is valid."""
+    weight = mask[..., None].astype(x.dtype)
+    return (x * weight).sum(-2) / jnp.maximum(weight.sum(-2), 1.0)

@@ -1,0 +1,82 @@
+"""Input embeddings of the three streams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dilbert_jax.models.attention import LAYER_NORM_EPSILON
+from dilbert_jax.models.regions import region_geometry
+
+Array = jax.Array
+NUM_TOKEN_TYPES = 6  # outside an entity, organ, region, finding, descriptor, condition
+
+
+class EntityEmbedding(nn.Module):
+    """Word + position + entity-type embedding of report tokens, LN, dropout (BERT with entities marked)."""
+
+    vocab_size: int
+    hidden_size: int
+    max_tokens: int
+    dropout: float
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        init = nn.initializers.normal(0.02)
+        self.word = nn.Embed(self.vocab_size, self.hidden_size, embedding_init=init, dtype=self.dtype)
+        self.position = nn.Embed(self.max_tokens, self.hidden_size, embedding_init=init, dtype=self.dtype)
+        self.token_type = nn.Embed(NUM_TOKEN_TYPES, self.hidden_size, embedding_init=init, dtype=self.dtype)
+        self.norm = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)
+        self.drop = nn.Dropout(self.dropout)
+
+    def __call__(self, token_ids: Array, token_types: Array, deterministic: bool = True) -> Array:
+        """token_ids, token_types: int32 [B, L] -> [B, L, D]."""
+        length = token_ids.shape[1]
+        x = self.word(token_ids) + self.token_type(token_types) + self.position(jnp.arange(length))
+        return self.drop(self.norm(x), deterministic=deterministic)
+
+    def attend(self, x: Array) -> Array:
+        """Scores x [..., D] against every word embedding (the tied decoder of masked language modelling)."""
+        return self.word.attend(x)
+
+
+class DescriptionEmbedding(nn.Module):
+    """LN(Linear(feature) + temporal position) of the 3-D CNN's temporal steps (D3)."""
+
+    hidden_size: int
+    max_steps: int
+    dropout: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Array, deterministic: bool = True) -> Array:
+        """features: [B, A, C] -> [B, A, D]."""
+        steps = features.shape[1]
+        if steps > self.max_steps:
+            raise ValueError(f"{steps} description tokens, but the model holds positions for {self.max_steps}")
+        init = nn.initializers.normal(0.02)
+        position = self.param("position", init, (self.max_steps, self.hidden_size))
+        x = nn.Dense(self.hidden_size, dtype=self.dtype, name="feature")(features)
+        x = x + position[:steps].astype(self.dtype)
+        x = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(x)
+        return nn.Dropout(self.dropout)(x, deterministic=deterministic)
+
+
+class RegionEmbedding(nn.Module):
+    """LN(Linear(feature) + Linear(geometry)) of boxes (D2)."""
+
+    hidden_size: int
+    dropout: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Array, boxes: Array, times: Array, deterministic: bool = True) -> Array:
+        """features [B, R, F], boxes [B, R, 4], times [B, R] -> [B, R, D]."""
+        geometry = region_geometry(boxes, times).astype(self.dtype)
+        x = nn.Dense(self.hidden_size, dtype=self.dtype, name="feature")(features)
+        x = x + nn.Dense(self.hidden_size, dtype=self.dtype, name="geometry")(geometry)
+        x = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(x)
+        return nn.Dropout(self.dropout)(x, deterministic=deterministic)

@@ -1,0 +1,88 @@
+"""Pre-training heads (MLM, MDC, MOC, CMM), annotation heads and the entity match head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dilbert_jax.models.attention import LAYER_NORM_EPSILON
+
+Array = jax.Array
+
+
+class Pooler(nn.Module):
+    """tanh(Linear(x)) of one vector per clip: the first token, or the mean of the valid tokens."""
+
+    hidden_size: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return jnp.tanh(nn.Dense(self.hidden_size, dtype=self.dtype, name="dense")(x))
+
+
+class Transform(nn.Module):
+    """LN(GELU(Linear(x))): what BERT puts before its decoder."""
+
+    hidden_size: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = nn.gelu(nn.Dense(self.hidden_size, dtype=self.dtype, name="dense")(x), approximate=False)
+        return nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(x)
+
+
+class ClassHead(nn.Module):
+    """Transform, then float32 logits over `num_classes`."""
+
+    hidden_size: int
+    num_classes: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = Transform(self.hidden_size, self.dtype, name="transform")(x)
+        return nn.Dense(self.num_classes, dtype=jnp.float32, name="logits")(x.astype(jnp.float32))
+
+
+class MatchHead(nn.Module):
+    """Scores every candidate entity against every region and every temporal step of a clip.
+
+    The query of an entity is a linear map of the mean word embedding of its name, so that what pre-training
+    learned about the words carries over. A clip supports an entity as far as its best places do: the clip's
+    logit is the log of the mean of exp over all valid places (a smooth maximum).
+    """
+
+    hidden_size: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, names: Array, description: Array, region: Array, description_mask: Array, region_mask: Array
+    ) -> dict[str, Array]:
+        """Matches entities with places.
+
+        Args:
+          names: [E, D] mean word embedding of each candidate entity.
+          description [B, A, D], region [B, R, D] with bool masks [B, A], [B, R].
+
+        Returns:
+          float32 logits: `frame` [B, E, A], `region` [B, E, R], `clip` [B, E].
+        """
+        query = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="query_norm")(names.astype(self.dtype))
+        query = nn.Dense(self.hidden_size, dtype=self.dtype, name="query")(query)
+        bias = self.param("bias", nn.initializers.constant(-2.0), ())
+        scale = 1.0 / jnp.sqrt(jnp.float32(self.hidden_size))
+        logits = {}
+        for name, x in (("frame", description), ("region", region)):
+            key = nn.Dense(self.hidden_size, dtype=self.dtype, name=f"{name}_key")(x)
+            logits[name] = jnp.einsum("ed,bsd->bes", query, key).astype(jnp.float32) * scale + bias
+        places = jnp.concatenate([logits["frame"], logits["region"]], axis=-1)
+        mask = jnp.concatenate([description_mask, region_mask], axis=-1)[:, None, :]
+        count = jnp.maximum(mask.sum(-1), 1).astype(jnp.float32)
+        logits["clip"] = jax.nn.logsumexp(places, axis=-1, where=mask) - jnp.log(count)
+        return logits

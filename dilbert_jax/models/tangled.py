@@ -1,0 +1,82 @@
+"""The tangled-transformer (TNT) block: three streams, two cross attentions queried by the description stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dilbert_jax.models.attention import FeedForward, HeadsProjection, attend
+
+Array = jax.Array
+STREAMS = ("entity", "description", "region")
+
+
+class TangledBlock(nn.Module):
+    """One fusion layer, `stack` mode (decision D4).
+
+    The cross attentions of equations (1) and (2) fuse the entity and the region stream from the description
+    stream's point of view; they reuse the key and value projections of the stream they look at:
+
+        c_w = MultiHead(W_q1 h_a, W_k^w h_w, W_v^w h_w)        c_r = MultiHead(W_q2 h_a, W_k^r h_r, W_v^r h_r)
+
+    Linear layers turn c_w and c_r into further keys and values, which are concatenated to a stream's own:
+    the entity stream attends to [entity; c_r], the region stream to [region; c_w], and the description stream to
+    [description; c_w; c_r]. Positions made from c_w and c_r are valid where the description token is.
+    """
+
+    hidden_size: int
+    num_heads: int
+    ffn_size: int
+    dropout: float = 0.1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, hidden: dict[str, Array], masks: dict[str, Array], deterministic: bool = True
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Fuses the streams.
+
+        Args:
+          hidden: per stream [B, S, D] (S is L, A or R).
+          masks: per stream bool [B, S], True = valid.
+          deterministic: no dropout.
+
+        Returns:
+          The streams' new hidden states, and the two cross-attention maps (`entity` [B, N, A, L] and `region`
+          [B, N, A, R]) that say which entity and which region each temporal step looks at.
+        """
+
+        def project(name: str, x: Array) -> Array:
+            return HeadsProjection(self.num_heads, self.hidden_size, self.dtype, name=name)(x)
+
+        query = {s: project(f"{s}_query", hidden[s]) for s in STREAMS}
+        key = {s: project(f"{s}_key", hidden[s]) for s in STREAMS}
+        value = {s: project(f"{s}_value", hidden[s]) for s in STREAMS}
+
+        cross_key, cross_value, cross_weights = {}, {}, {}
+        for stream in ("entity", "region"):
+            cross_query = project(f"cross_{stream}_query", hidden["description"])
+            fused, cross_weights[stream] = attend(cross_query, key[stream], value[stream], masks[stream])
+            fused = fused.reshape(*fused.shape[:-2], self.hidden_size)
+            cross_key[stream] = project(f"cross_{stream}_key", fused)
+            cross_value[stream] = project(f"cross_{stream}_value", fused)
+
+        stacked = {"entity": ("region",), "region": ("entity",), "description": ("entity", "region")}
+        out = {}
+        for stream in STREAMS:
+            keys = [key[stream]] + [cross_key[other] for other in stacked[stream]]
+            values = [value[stream]] + [cross_value[other] for other in stacked[stream]]
+            mask = [masks[stream]] + [masks["description"]] * len(stacked[stream])
+            context, weights = attend(
+                query[stream],
+                jnp.concatenate(keys, axis=1),
+                jnp.concatenate(values, axis=1),
+                jnp.concatenate(mask, axis=1),
+            )
+            del weights
+            block = FeedForward(self.hidden_size, self.ffn_size, self.dropout, self.dtype, name=f"{stream}_ffn")
+            out[stream] = block(hidden[stream], context, deterministic)
+        return out, cross_weights

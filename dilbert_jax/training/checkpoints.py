@@ -1,0 +1,41 @@
+"""Orbax checkpoints: one folder a stage, the newest few steps kept."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+
+class StageCheckpoints:
+    """Saves and restores the pytree of one stage under `workdir/checkpoints/<stage>`."""
+
+    def __init__(self, workdir: pathlib.Path, stage: str, keep: int = 2):
+        self.folder = (workdir / "checkpoints" / stage).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def latest_step(self) -> int | None:
+        """The newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, tree: Any) -> None:
+        if step != self.latest_step():
+            self._manager.save(step, args=ocp.args.StandardSave(tree))
+            self._manager.wait_until_finished()
+
+    def restore(self, like: Any, step: int | None = None) -> Any:
+        """Restores into the structure, shapes and dtypes of `like` (arrays or ShapeDtypeStructs)."""
+        step = self.latest_step() if step is None else step
+        if step is None:
+            raise FileNotFoundError(f"no checkpoint under {self.folder}; run the stage before it first")
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or device), like
+        )
+        return self._manager.restore(step, args=ocp.args.StandardRestore(target))
+
+    def close(self) -> None:
+        self._manager.close()

@@ -1,0 +1,300 @@
+"""The stages in order: teacher, student, mutual learning, fine-tuning; each resumes where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from dilbert_jax.experiment import Experiment
+from dilbert_jax.input_pipeline import evaluation_batches, training_batches
+from dilbert_jax.training import step as steps
+from dilbert_jax.training.checkpoints import StageCheckpoints
+from dilbert_jax.training.log import MetricsLog
+from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+
+STAGES = ("teacher", "student", "mutual", "finetune")
+NETWORKS = ("teacher", "student")
+_log = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss term became NaN or infinite; the message names stage, step, term and the batch's studies."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage, ready to run.
+
+    Attributes:
+      name: one of `STAGES`.
+      objective: (params, frozen, batch, rng) -> (loss, metrics).
+      params: where the trainable networks start.
+      frozen: parameters that the objective reads and never changes.
+      optimizer: its settings; num_steps: updates to make.
+      batches: start_step -> endless batches.
+    """
+
+    name: str
+    objective: steps.Objective
+    params: dict[str, Any]
+    frozen: Any
+    optimizer: OptimizerConfig
+    num_steps: int
+    steps_per_epoch: float
+    batches: Any
+
+
+def train(experiment: Experiment, workdir: pathlib.Path) -> None:
+    """Runs every stage that is not complete yet.
+
+    Order of operations in a step, which makes resuming exact: take the batch of step i (its content follows from i
+    alone), update, log, and only then perhaps save as step i + 1.
+    """
+    metrics_log = MetricsLog(workdir)
+    params: dict[str, Any] = {}
+    for name in STAGES:
+        stage = _make_stage(name, experiment, params)
+        trained = _run_stage(stage, experiment, workdir, metrics_log)
+        params |= trained
+
+
+def network_params(experiment_context: Any, workdir: pathlib.Path, stage: str, network: str) -> tuple[Any, int]:
+    """Restores one network's parameters at the end of a stage, and the step of the checkpoint."""
+    checkpoints = StageCheckpoints(workdir, stage)
+    shapes = jax.eval_shape(experiment_context.init_params, jax.random.key(0))
+    networks = NETWORKS if stage in ("mutual", "finetune") else (stage,)
+    optimizer = make_optimizer(OptimizerConfig(**experiment_context.config.optimizer), 1)
+    like = jax.eval_shape(lambda p: steps.TrainState.create(p, optimizer), {n: shapes for n in networks})
+    state = checkpoints.restore(like)
+    checkpoint_step = checkpoints.latest_step()
+    checkpoints.close()
+    return state.params[network], int(checkpoint_step or 0)
+
+
+def _make_stage(name: str, experiment: Experiment, params: Mapping[str, Any]) -> Stage:
+    """What a stage trains, from where, against which frozen networks, on which batches."""
+    context = experiment.context
+    config, model, loss = context.config, context.model, context.loss
+    train_config = config.train
+    num_studies = len(experiment.indices["train"])
+    if not num_studies:
+        raise ValueError(f"data set {config.data.name!r} has no training study; see its preparation.json")
+    per_epoch = num_studies / train_config.batch_size
+    num_steps = max(1, round(train_config[f"{name}_epochs"] * per_epoch))
+    # Every stage draws its own order and masks; networks start from their own seeds.
+    seed = config.seed * 10 + STAGES.index(name)
+    build = experiment.builder.annotation if name == "finetune" else experiment.builder.pretraining
+    batches = functools.partial(training_batches, build, experiment.indices["train"], train_config.batch_size, seed)
+
+    rate = {"mutual": train_config.mutual_rate_scale, "finetune": train_config.finetune_rate_scale}.get(name, 1.0)
+    optimizer = OptimizerConfig(**config.optimizer)
+    optimizer = dataclasses.replace(optimizer, learning_rate=optimizer.learning_rate * rate)
+
+    start: dict[str, Any]
+    frozen: Any
+    if name in NETWORKS:
+        start = {name: context.init_params(jax.random.key(seed))}
+        frozen = {"teacher": params["teacher"]} if name == "student" and not train_config.independent_student else {}
+
+        def objective(p: Any, f: Any, b: Any, r: Any) -> Any:
+            return steps.pretraining_objective(model, loss, p, f.get("teacher"), b, r)
+
+    elif name == "mutual":
+        start, frozen = dict(params), dict(params)
+        objective = functools.partial(steps.mutual_objective, model, loss)
+    else:
+        start, frozen = dict(params), {}
+        names = tuple(map(jnp.asarray, context.entity_names))
+        entity_of_region = jnp.asarray(context.entity_of_region)
+
+        def objective(p: Any, f: Any, b: Any, r: Any) -> Any:
+            return steps.annotation_objective(model, p, names, entity_of_region, b, r)
+
+    return Stage(name, objective, start, frozen, optimizer, num_steps, per_epoch, batches)
+
+
+def _run_stage(
+    stage: Stage, experiment: Experiment, workdir: pathlib.Path, metrics_log: MetricsLog
+) -> dict[str, Any]:
+    """Trains one stage to its end from its newest checkpoint; returns the trained parameters."""
+    config = experiment.context.config
+    optimizer = make_optimizer(stage.optimizer, stage.num_steps)
+    schedule = make_schedule(stage.optimizer, stage.num_steps)
+    # A copy: the step donates its state, and the frozen snapshot may be the same arrays.
+    state = steps.TrainState.create(jax.tree.map(jnp.array, stage.params), optimizer)
+    checkpoints = StageCheckpoints(workdir, stage.name)
+    done = checkpoints.latest_step()
+    if done is not None:
+        state = checkpoints.restore(state)
+    else:
+        done = 0
+    if done >= stage.num_steps:
+        checkpoints.close()
+        return dict(state.params)
+    metrics_log.rewind(stage.name, done)
+    _log.info("stage %s: steps %d to %d", stage.name, done, stage.num_steps)
+
+    update = steps.make_step(stage.objective, optimizer)
+    batch_size = config.train.batch_size
+    rng = jax.random.key(config.seed * 10 + STAGES.index(stage.name))
+    batches = stage.batches(done)
+    window = _Window(stage, experiment, metrics_log, schedule, batch_size, config.train.log_every_steps)
+    saved_at = time.monotonic()
+    bar = tqdm(total=stage.num_steps, initial=done, desc=stage.name, unit="step", smoothing=0.05)
+    with bar, logging_redirect_tqdm():
+        try:
+            for i in range(done, stage.num_steps):
+                batch = next(batches)
+                state, metrics = update(state, stage.frozen, _on_device(batch), rng)
+                # Looking at the step before keeps the device busy while the host reads.
+                window.add(i, metrics, batch["study"])
+                bar.update()
+                bar.set_postfix_str(window.summary, refresh=False)
+                now = time.monotonic()
+                if now - saved_at >= config.train.checkpoint_every_seconds and i + 1 < stage.num_steps:
+                    window.flush()
+                    checkpoints.save(i + 1, state)
+                    saved_at = time.monotonic()
+            window.flush()
+        except KeyboardInterrupt:
+            window.flush()
+            checkpoints.save(int(state.step), state)
+            checkpoints.close()
+            _log.info("stopped in stage %s at step %d; the same command continues here", stage.name, int(state.step))
+            raise
+    validation = _validate(stage, experiment, state.params, rng)
+    if validation:
+        metrics_log.write({"stage": stage.name, "step": stage.num_steps, "split": "validation", **validation})
+    checkpoints.save(stage.num_steps, state)
+    checkpoints.close()
+    return dict(state.params)
+
+
+class _Window:
+    """Averages metrics over `log_every` steps, checks them one step late, writes them to the log."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        experiment: Experiment,
+        metrics_log: MetricsLog,
+        schedule: Any,
+        batch_size: int,
+        log_every: int,
+    ):
+        self.stage, self.experiment, self.metrics_log = stage, experiment, metrics_log
+        self.schedule, self.batch_size, self.log_every = schedule, batch_size, log_every
+        self.pending: tuple[int, Any, np.ndarray] | None = None
+        self.rows: list[dict[str, float]] = []
+        self.started = time.monotonic()
+        self.summary = ""
+
+    def add(self, step: int, metrics: Any, studies: np.ndarray) -> None:
+        self._settle()
+        self.pending = (step, metrics, studies)
+
+    def flush(self) -> None:
+        """Reads what is pending and writes the open window."""
+        self._settle()
+        if self.rows:
+            self._write(self.last_step)
+
+    def _settle(self) -> None:
+        if self.pending is None:
+            return
+        step, metrics, studies = self.pending
+        self.pending = None
+        row = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        bad = [name for name, value in row.items() if not np.isfinite(value)]
+        if bad:
+            ids = [self.experiment.store.studies[i].study_id for i in np.asarray(studies)]
+            raise NonFiniteLossError(
+                f"stage {self.stage.name}, step {step}: {', '.join(bad)} not finite; the batch's studies are "
+                f"{', '.join(ids)}. The last checkpoint is good: lower optimizer.learning_rate in another workdir, "
+                "or look at these studies"
+            )
+        self.rows.append(row)
+        self.last_step = step + 1
+        # The very first step stands alone, so that the log shows where every loss started.
+        if step == 0 or (step + 1) % self.log_every == 0:
+            self._write(step + 1)
+
+    def _write(self, step: int) -> None:
+        now = time.monotonic()
+        means = {name: float(np.mean([row[name] for row in self.rows])) for name in self.rows[0]}
+        rate = len(self.rows) * self.batch_size / max(now - self.started, 1e-9)
+        self.metrics_log.write(
+            {
+                "stage": self.stage.name,
+                "step": step,
+                "epoch": round(step / self.stage.steps_per_epoch, 3),
+                "split": "train",
+                "learning_rate": float(self.schedule(step - 1)),
+                "clips_per_second": round(rate, 2),
+                **means,
+            }
+        )
+        self.summary = f"loss {means['loss']:.3f}, {rate:.0f} clips/s"
+        self.rows, self.started = [], now
+
+
+def _on_device(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Moves a batch to the device; what only the host needs stays behind."""
+    host_only = ("study", "frame_index")
+    return {name: jnp.asarray(value) for name, value in batch.items() if name not in host_only}
+
+
+def _validate(stage: Stage, experiment: Experiment, params: Any, rng: jax.Array) -> dict[str, float]:
+    """Mean of the stage's loss terms over the validation studies (with this stage's dropout switched on)."""
+    indices = experiment.indices["validation"]
+    if not len(indices):
+        return {}
+    build = experiment.builder.annotation if stage.name == "finetune" else experiment.builder.pretraining
+    measure = jax.jit(lambda p, f, b, r: stage.objective(p, f, b, r)[1])
+    totals: dict[str, list[float]] = {}
+    size = min(experiment.context.config.train.batch_size, len(indices))
+    for batch, real in _full_batches(build, indices, size):
+        del real
+        for name, value in jax.device_get(measure(params, stage.frozen, _on_device(batch), rng)).items():
+            totals.setdefault(name, []).append(float(value))
+    return {name: float(np.mean(values)) for name, values in totals.items()}
+
+
+def _full_batches(build: Any, indices: np.ndarray, size: int) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Evaluation batches without a padded last one (losses average over a batch)."""
+    return evaluation_batches(build, indices[: len(indices) // size * size], size, seed=1)
+
+
+def is_complete(workdir: pathlib.Path) -> bool:
+    """Whether a run of this workdir finished all its stages."""
+    return (workdir / "complete.json").exists()
+
+
+def mark_complete(workdir: pathlib.Path, seconds: float) -> None:
+    (workdir / "complete.json").write_text(json.dumps({"seconds_of_last_call": round(seconds, 1)}), encoding="utf-8")
+
+
+def describe_run(config: ml_collections.ConfigDict, experiment: Experiment) -> str:
+    """One paragraph for the console: data, sizes, device."""
+    sizes = {name: len(ids) for name, ids in experiment.indices.items()}
+    shapes = jax.eval_shape(experiment.context.init_params, jax.random.key(0))
+    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes))
+    labels = experiment.context.labels
+    return (
+        f"data {config.data.name}: {sizes['train']} training, {sizes['validation']} validation, {sizes['test']} test "
+        f"studies; {len(labels.organs)} organs, {len(labels.conditions)} conditions, {len(labels.findings)} findings, "
+        f"{len(labels.entities)} entities; {count / 1e6:.2f} M parameters a network; device {jax.devices()[0]}"
+    )

@@ -1,0 +1,272 @@
+"""The training steps: what each stage computes, as pure functions of state, batch and random key.
+
+Networks are entries of a dict of parameters ("teacher", "student"). A frozen network is an argument of the step:
+it is never closed over and never in the optimizer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from dilbert_jax import losses
+from dilbert_jax.models.dilbert import Dilbert, Encoded
+from dilbert_jax.relational import angle_loss, distance_loss
+
+Array = jax.Array
+Params = Mapping[str, Any]
+Batch = Mapping[str, Array]
+Metrics = dict[str, Array]
+TASKS = ("mlm", "mdc", "moc", "cmm")
+PEER = {"teacher": "student", "student": "teacher"}
+VISUAL = ("frames", "frame_mask", "boxes", "box_frames", "region_mask", "token_ids", "token_types", "token_mask")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weights and switches of the losses (PAPER section 5).
+
+    Attributes:
+      mlm, mdc, moc, cmm: weights of the pre-training tasks.
+      alpha, beta, gamma: supervised, mutual and self-distillation weights of (13).
+      beta1, beta2: angle within relational (9), response within mutual (10).
+      temperature: T of (11) and of the teacher's soft labels; scale_by_square multiplies those by T squared.
+      reduction: "mean", "mean_valid" or "sum" of the relational losses (D14).
+      relational_layer: which vector the relational losses compare: "fused" or a stream's pooled vector (D16).
+      all_pairs: masked losses count mismatched pairs too (D12).
+    """
+
+    mlm: float = 1.0
+    mdc: float = 1.0
+    moc: float = 1.0
+    cmm: float = 1.0
+    alpha: float = 0.2
+    beta: float = 1.0
+    gamma: float = 0.6
+    beta1: float = 2.0
+    beta2: float = 1.0
+    temperature: float = 1.0
+    scale_by_square: bool = False
+    reduction: str = "mean"
+    relational_layer: str = "fused"
+    all_pairs: bool = False
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a checkpoint holds: the trainable networks, their optimizers' states and the step counter."""
+
+    step: Array
+    params: dict[str, Any]
+    opt_state: dict[str, Any]
+
+    @classmethod
+    def create(cls, params: Mapping[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
+        opt_state = {name: optimizer.init(p) for name, p in params.items()}
+        return cls(step=jnp.zeros((), jnp.int32), params=dict(params), opt_state=opt_state)
+
+
+def pretraining_forward(
+    model: Dilbert, params: Any, batch: Batch, dropout: Array | None
+) -> tuple[dict[str, Array], Encoded]:
+    """Logits of the four tasks on the corrupted batch; `dropout` is a key, or None for no dropout."""
+
+    def run(module: Dilbert) -> tuple[dict[str, Array], Encoded]:
+        encoded = module.encode(
+            *(batch[name] for name in VISUAL),
+            description_zeroed=batch["description_zeroed"],
+            region_zeroed=batch["region_zeroed"],
+            deterministic=dropout is None,
+        )
+        return module.pretrain(encoded, batch["mlm_positions"]), encoded
+
+    rngs = None if dropout is None else {"dropout": dropout}
+    return nn.apply(run, model)({"params": params}, rngs=rngs)
+
+
+def task_masks(batch: Batch, all_pairs: bool = False) -> dict[str, Array]:
+    """Which positions each task's loss counts: masked ones of matched pairs (D12), labelled ones only."""
+    matched = batch["matched"] | all_pairs
+    return {
+        "mlm": batch["mlm_mask"] & matched[:, None],
+        "mdc": batch["description_target"] & (matched & batch["classes_mask"])[:, None],
+        "moc": batch["region_target"] & matched[:, None],
+        "cmm": batch["cmm_mask"],
+    }
+
+
+def task_losses(logits: Mapping[str, Array], batch: Batch, masks: Mapping[str, Array]) -> dict[str, Array]:
+    """Supervised loss of each task (12), a mean over its valid positions; exactly 0 where there is none."""
+    classes = jnp.broadcast_to(batch["classes"][:, None, :], logits["mdc"].shape)
+    values = {
+        "mlm": losses.cross_entropy(logits["mlm"], batch["mlm_targets"]),
+        # A mean over classes that is 0, not NaN, for a data set without any.
+        "mdc": losses.binary_cross_entropy(logits["mdc"], classes).sum(-1) / max(classes.shape[-1], 1),
+        "moc": losses.cross_entropy(logits["moc"], jnp.maximum(batch["region_labels"], 0)),
+        "cmm": losses.cross_entropy(logits["cmm"], batch["matched"].astype(jnp.int32)),
+    }
+    return {task: losses.masked_mean(values[task], masks[task]) for task in TASKS}
+
+
+def soften(
+    logits: Mapping[str, Array], target: Mapping[str, Array], masks: Mapping[str, Array], temperature: float, square: bool
+) -> Array:
+    """Response terms (3) and (11): KL from `target`'s distribution, summed over the task heads (D18)."""
+    total = jnp.float32(0.0)
+    for task in TASKS:
+        compare = losses.binary_response_loss if task == "mdc" else losses.response_loss
+        total += compare(logits[task], target[task], temperature=temperature, mask=masks[task])
+    return total * (temperature**2 if square else 1.0)
+
+
+def relational_vector(encoded: Encoded, layer: str) -> Array:
+    """The vector per sample that the relational losses compare (D16)."""
+    if layer == "fused":
+        return encoded.fused
+    if layer in encoded.pooled:
+        return encoded.pooled[layer]
+    raise ValueError(f"loss.relational_layer is {layer!r}; choose 'fused' or one of {sorted(encoded.pooled)}")
+
+
+def pretraining_objective(
+    model: Dilbert, config: LossConfig, params: Params, teacher: Any | None, batch: Batch, rng: Array
+) -> tuple[Array, Metrics]:
+    """Stages 1 and 2 (D19): the four tasks for each network, plus the frozen teacher's soft labels if given."""
+    masks = task_masks(batch, config.all_pairs)
+    total, metrics = jnp.float32(0.0), {}
+    for index, (name, network) in enumerate(params.items()):
+        logits, _ = pretraining_forward(model, network, batch, jax.random.fold_in(rng, index))
+        supervised = task_losses(logits, batch, masks)
+        loss = sum(getattr(config, task) * supervised[task] for task in TASKS)
+        metrics |= {f"{name}/{task}": supervised[task] for task in TASKS}
+        if teacher is not None:
+            soft, _ = pretraining_forward(model, teacher, batch, None)
+            soft = jax.lax.stop_gradient(soft)
+            metrics[f"{name}/soft_labels"] = soften(
+                logits, soft, masks, config.temperature, config.scale_by_square
+            )
+            loss += metrics[f"{name}/soft_labels"]
+        metrics[f"{name}/loss"] = loss
+        total += loss
+    return total, metrics
+
+
+def mutual_objective(
+    model: Dilbert, config: LossConfig, params: Params, frozen: Params, batch: Batch, rng: Array
+) -> tuple[Array, Metrics]:
+    """Stage 4: equation (13) for both networks on the identical corrupted batch (D18).
+
+    Each network learns from labels, from its peer (response and relations between samples) and from its own
+    frozen snapshot. Peer and snapshot are targets: no gradient flows into them.
+    """
+    masks = task_masks(batch, config.all_pairs)
+    logits, vectors, anchors = {}, {}, {}
+    for index, name in enumerate(("teacher", "student")):
+        logits[name], encoded = pretraining_forward(model, params[name], batch, jax.random.fold_in(rng, index))
+        vectors[name] = relational_vector(encoded, config.relational_layer)
+        anchors[name], _ = pretraining_forward(model, frozen[name], batch, None)
+    total, metrics = jnp.float32(0.0), {}
+    for name, peer in PEER.items():
+        supervised = task_losses(logits[name], batch, masks)
+        cross_entropy = sum(getattr(config, task) * supervised[task] for task in TASKS)
+        target = jax.lax.stop_gradient(logits[peer])
+        terms = {
+            "response": soften(logits[name], target, masks, 1.0, False),
+            "distance": distance_loss(vectors[name], vectors[peer], reduction=config.reduction),
+            "angle": angle_loss(vectors[name], vectors[peer], reduction=config.reduction),
+            "self": soften(
+                logits[name],
+                jax.lax.stop_gradient(anchors[name]),
+                masks,
+                config.temperature,
+                config.scale_by_square,
+            ),
+        }
+        relational = terms["distance"] + config.beta1 * terms["angle"]  # (9)
+        mutual = losses.mutual_loss(relational, terms["response"], beta2=config.beta2)
+        loss = losses.distillation_loss(
+            cross_entropy, mutual, terms["self"], alpha=config.alpha, beta=config.beta, gamma=config.gamma
+        )
+        metrics |= {f"{name}/{key}": value for key, value in {**supervised, **terms, "loss": loss}.items()}
+        total += loss
+    return total, metrics
+
+
+def annotation_forward(
+    model: Dilbert, params: Any, batch: Batch, names: tuple[Array, Array], dropout: Array | None
+) -> tuple[dict[str, Any], Encoded]:
+    """Annotation logits; `names` are the candidate entities' word pieces and their mask."""
+
+    def run(module: Dilbert) -> tuple[dict[str, Any], Encoded]:
+        encoded = module.encode(*(batch[name] for name in VISUAL), deterministic=dropout is None)
+        return module.annotate(encoded, *names), encoded
+
+    rngs = None if dropout is None else {"dropout": dropout}
+    return nn.apply(run, model)({"params": params}, rngs=rngs)
+
+
+def annotation_objective(
+    model: Dilbert, params: Params, names: tuple[Array, Array], entity_of_region: Array, batch: Batch, rng: Array
+) -> tuple[Array, Metrics]:
+    """Stage 5: organ, condition, findings, and the match of entities with the clip and with labelled regions.
+
+    Args:
+      entity_of_region: int [num_region_classes]: the candidate entity of a region class, or -1.
+    """
+    total, metrics = jnp.float32(0.0), {}
+    region_entity = jnp.where(batch["region_labels"] >= 0, entity_of_region[batch["region_labels"]], -1)  # [B, R]
+    for index, (name, network) in enumerate(params.items()):
+        logits, _ = annotation_forward(model, network, batch, names, jax.random.fold_in(rng, index))
+        terms = {}
+        for head in ("organ", "condition"):
+            values = losses.cross_entropy(logits[head], jnp.maximum(batch[head], 0))
+            terms[head] = losses.masked_mean(values, batch[head] >= 0)
+        values = losses.binary_cross_entropy(logits["findings"], batch["findings"])
+        terms["findings"] = losses.masked_mean(values, jnp.broadcast_to(batch["findings_mask"][:, None], values.shape))
+        values = losses.binary_cross_entropy(logits["match"]["clip"], batch["entities"])
+        terms["match"] = losses.masked_mean(values, batch["entities_mask"])
+        # A labelled region belongs to its own entity rather than to any other.
+        by_region = jnp.moveaxis(logits["match"]["region"], 1, 2)  # [B, R, E]
+        values = losses.cross_entropy(by_region, jnp.maximum(region_entity, 0))
+        terms["grounding"] = losses.masked_mean(values, (region_entity >= 0) & batch["region_mask"])
+        loss = sum(terms.values())
+        metrics |= {f"{name}/{key}": value for key, value in {**terms, "loss": loss}.items()}
+        total += loss
+    return total, metrics
+
+
+Objective = Callable[..., tuple[Array, Metrics]]
+
+
+def make_step(
+    objective: Objective, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Jits one update of all networks in the state.
+
+    `objective(params, frozen, batch, rng)` sums the networks' losses; as none of them sends gradient into another,
+    the gradient of the sum is each network's own. A step whose loss is not finite leaves the state as it was, so
+    that the loop can stop with a good checkpoint.
+    """
+
+    def step(state: TrainState, frozen: Any, batch: Batch, rng: Array) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(rng, state.step)
+        (loss, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(state.params, frozen, batch, rng)
+        finite = jnp.isfinite(loss)
+        params, opt_state = {}, {}
+        for name, gradient in gradients.items():
+            metrics[f"{name}/gradient_norm"] = optax.global_norm(gradient)
+            finite &= jnp.isfinite(metrics[f"{name}/gradient_norm"])
+            updates, opt_state[name] = optimizer.update(gradient, state.opt_state[name], state.params[name])
+            params[name] = optax.apply_updates(state.params[name], updates)
+        new = TrainState(state.step + 1, params, opt_state)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        return new, metrics | {"loss": loss}
+
+    return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,44 @@
+"""Trains DILBERT through all its stages and writes a results page.
+
+    python train.py --config=configs/quickstart.py [--workdir=DIR] [--config.train.batch_size=16 ...]
+
+Run the same command again to resume an interrupted run, or to be told that all is done.
+"""
+
+import logging
+import pathlib
+import signal
+import sys
+import time
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/quickstart.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/<name of the experiment file>.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}; flags start with --")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    config = _CONFIG.value
+    path = pathlib.Path(flags.FLAGS["config"].config_filename)  # type: ignore[attr-defined]
+    workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / path.stem)
+
+    from dilbert_jax import run  # after the flags: a misspelt field is reported before anything heavy is imported
+
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    started = time.monotonic()
+    try:
+        report = run.train_and_report(config, workdir, command="python " + " ".join(sys.argv))
+    except KeyboardInterrupt:
+        sys.exit("interrupted; run the same command to continue")
+    except (ValueError, OSError, run.NonFiniteLossError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{time.monotonic() - started:.0f} s; results: {report}")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)
