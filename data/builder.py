@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from dilbert_jax.data import record as record_lib
-from dilbert_jax.data.record import Record, StudyEntry
 from tqdm import tqdm
 
+from dilbert_jax.data import record as record_lib
+from dilbert_jax.data.record import Record, StudyEntry
 from dilbert_jax.media import MediaError
 from dilbert_jax.splits import DEFAULT_FRACTIONS, split_by_group
 

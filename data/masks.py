@@ -81,9 +81,9 @@ class Lesion:
 def measure_lesion(frame: np.ndarray, mask: np.ndarray) -> Lesion:
     """Measures a lesion in a B-mode image (rows are depth; square pixels are assumed).
 
-    Shape from solidity (area over convex hull) and the axes of inertia; orientation from the box; echogenicity
-    from the median inside over that of a ring around, lateral to the lesion; posterior features from the strip
-    below it over the strips beside that.
+    Shape from solidity (area over convex hull) and the axes of inertia; orientation from the box;
+    echogenicity from the median inside over that of a ring around, lateral to the lesion; posterior features
+    from the strip below it over the strips beside that.
 
     Args:
       frame: uint8 [H, W].

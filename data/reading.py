@@ -1,4 +1,4 @@
-"""What builders share when they read: finding the root, clips at storage size, paths kept inside the folder."""
+"""What builders share when they read: the root folder, clips at storage size, paths kept inside."""
 
 from __future__ import annotations
 
@@ -106,7 +106,9 @@ def resolve_inside(folder: Path, name: str) -> Path:
       ValueError: an absolute path, or one that leaves the folder (also through a link).
     """
     if not name or "\x00" in name or "\\" in name or PurePosixPath(name).is_absolute():
-        raise ValueError(f"media path {name!r} must be relative to the data set's folder, with forward slashes")
+        raise ValueError(
+            f"media path {name!r} must be relative to the data set's folder, with forward slashes"
+        )
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
         raise ValueError(f"media path {name!r} leads outside the data set's folder")

@@ -38,7 +38,9 @@ class Builder(UltrasoundBuilder):
     """One study per image; groups are near-duplicates, since the source names no patients."""
 
     TITLE: ClassVar[str] = "BUSI (Breast Ultrasound Images)"
-    SOURCE: ClassVar[str] = "Al-Dhabyani et al., Data in Brief 28, 2020; https://scholar.cu.edu.eg/?q=afahmy/pages/dataset"
+    SOURCE: ClassVar[str] = (
+        "Al-Dhabyani et al., Data in Brief 28, 2020; https://scholar.cu.edu.eg/?q=afahmy/pages/dataset"
+    )
     LICENCE: ClassVar[str] = "CC BY 4.0 for the article; none stated for the images: do not redistribute"
     LAYOUT: ClassVar[str] = (
         "Dataset_BUSI_with_GT/{benign,malignant,normal}/ with 'benign (1).png' and 'benign (1)_mask.png'"
@@ -72,7 +74,9 @@ class Builder(UltrasoundBuilder):
                 ),
             )
 
-    def _list_files(self, root: Path) -> tuple[dict[tuple[str, int], Path], dict[tuple[str, int], list[Path]]]:
+    def _list_files(
+        self, root: Path
+    ) -> tuple[dict[tuple[str, int], Path], dict[tuple[str, int], list[Path]]]:
         images: dict[tuple[str, int], Path] = {}
         masks: dict[tuple[str, int], list[Path]] = {}
         for label in CONDITIONS:

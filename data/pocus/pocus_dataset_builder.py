@@ -56,7 +56,9 @@ class Builder(UltrasoundBuilder):
     """One study per clip or still; groups are patients where the file name tells, else the source."""
 
     TITLE: ClassVar[str] = "POCUS lung ultrasound"
-    SOURCE: ClassVar[str] = "Born et al., Applied Sciences 11(2), 2021; github.com/jannisborn/covid19_ultrasound"
+    SOURCE: ClassVar[str] = (
+        "Born et al., Applied Sciences 11(2), 2021; github.com/jannisborn/covid19_ultrasound"
+    )
     LICENCE: ClassVar[str] = "per clip (column License); several state none: do not redistribute"
     LAYOUT: ClassVar[str] = "data/dataset_metadata.csv and data/pocus_videos/{convex,linear}/"
 
@@ -86,13 +88,15 @@ class Builder(UltrasoundBuilder):
             if condition is None:
                 self.skip(source, f"column 'Label' is {row['Label']!r}; expected one of {sorted(CONDITIONS)}")
                 continue
-            study_id = ("still_" if "pocus_images" in source else "clip_") + re.sub(r"[^0-9A-Za-z]+", "_", stem)
+            study_id = ("still_" if "pocus_images" in source else "clip_") + re.sub(
+                r"[^0-9A-Za-z]+", "_", stem
+            )
             yield StudyEntry(
-                study_id=study_id.lower(),
+                study_id=study_id,
                 group_id=find_group(stem),
                 stratum=condition,
                 source=source,
-                read=lambda s=study_id.lower(), p=path, r=row, c=condition, root=root: read_study(  # type: ignore[misc]
+                read=lambda s=study_id, p=path, r=row, c=condition, root=root: read_study(  # type: ignore[misc]
                     s, p, r, c, root
                 ),
             )

@@ -37,7 +37,9 @@ class Builder(UltrasoundBuilder):
     """RUS: windows of consecutive frames of a subject; AUS: single simulated images, grouped by CT."""
 
     TITLE: ClassVar[str] = "USSS (US simulation and segmentation)"
-    SOURCE: ClassVar[str] = "Vitale, Orlando, Iarussi, Larrabide, IJCARS 15, 2020; kaggle.com/ignaciorlando/ussimandsegm"
+    SOURCE: ClassVar[str] = (
+        "Vitale, Orlando, Iarussi, Larrabide, IJCARS 15, 2020; kaggle.com/ignaciorlando/ussimandsegm"
+    )
     LICENCE: ClassVar[str] = "stated as unknown by the source: do not redistribute"
     LAYOUT: ClassVar[str] = "abdominal_US/abdominal_US/{RUS,AUS}/images/{train,test}/"
 
@@ -62,7 +64,9 @@ class Builder(UltrasoundBuilder):
                 for path in sorted((root / kind / "images" / split).glob("*")):
                     match = re.fullmatch(pattern + r"\.(?:jpe?g|png)", path.name, re.IGNORECASE)
                     if match is None:
-                        self.skip(path.relative_to(root).as_posix(), f"file name is not that of a {kind} image")
+                        self.skip(
+                            path.relative_to(root).as_posix(), f"file name is not that of a {kind} image"
+                        )
                         continue
                     images[path] = (kind, split, match[1].lower(), int(match[2]))
         return images
@@ -91,7 +95,9 @@ class Builder(UltrasoundBuilder):
             if other is path:
                 continue
             if images[other][1] != split:
-                self.skip(source, "training image identical to one of the official test split", known_gap=True)
+                self.skip(
+                    source, "training image identical to one of the official test split", known_gap=True
+                )
                 del images[path]
             else:
                 pairs.append((name, f"{images[other][0]}_{images[other][2]}".lower()))

@@ -1,0 +1,221 @@
+"""AHJUUI (private), or any hospital export: a folder with manifest.jsonl, one study a line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from dilbert_jax.data.builder import UltrasoundBuilder
+from dilbert_jax.data.reading import describe_folder, read_for_storage, resolve_inside
+from dilbert_jax.data.record import LANGUAGES, SPLITS, Record, Region, StudyEntry
+from dilbert_jax.data.weak_labels import label_report, shared_graph
+from dilbert_jax.knowledge import extract_entities
+
+MANIFEST = "manifest.jsonl"
+REQUIRED = ("study_id", "patient_id", "media", "report", "language")
+OPTIONAL = ("organ", "condition", "findings", "regions", "split")
+MAX_LINE = 2**20  # characters; a study's line holds a report and paths
+
+
+class Builder(UltrasoundBuilder):
+    """One study per manifest line; groups are patients."""
+
+    TITLE: ClassVar[str] = "Hospital export (AHJUUI layout)"
+    SOURCE: ClassVar[str] = "your own export: a folder with manifest.jsonl (docs/data.md)"
+    LICENCE: ClassVar[str] = (
+        "yours; prepared files hold your clips and reports: treat them as you treat the export"
+    )
+    LAYOUT: ClassVar[str] = "manifest.jsonl with one study a line, and the media that it names"
+
+    def _studies(self, manual_dir: Path | None) -> Iterator[StudyEntry]:
+        assert manual_dir is not None
+        manifest = manual_dir / MANIFEST
+        if not manifest.is_file():
+            raise self.layout_error(describe_folder(manual_dir))
+        seen: dict[str, int] = {}
+        with manifest.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+                if not line.strip():
+                    continue
+                source = f"{MANIFEST} line {number}"
+                try:
+                    study = parse_line(line, manual_dir)
+                    earlier = seen.setdefault(study["study_id"], number)
+                    if earlier != number:
+                        raise ValueError(f"study_id {study['study_id']!r} occurred already in line {earlier}")
+                except ValueError as error:
+                    self.skip(source, str(error))
+                    continue
+                yield _make_entry(study, source, manual_dir)
+
+
+def _make_entry(study: dict[str, Any], source: str, folder: Path) -> StudyEntry:
+    group = hash_patient(study["patient_id"])
+    labels = find_labels(study)
+    return StudyEntry(
+        study_id=study["study_id"],
+        group_id=group,
+        stratum=f"{labels[0]} {labels[1]}",
+        source=source,
+        official_split=study.get("split", ""),
+        read=lambda: read_study(study, group, labels, folder),
+    )
+
+
+def hash_patient(patient_id: str) -> str:
+    """A name for the group that does not show the patient's number."""
+    return "patient_" + hashlib.sha256(patient_id.encode()).hexdigest()[:16]
+
+
+def parse_line(line: bytes, folder: Path) -> dict[str, Any]:
+    """Reads and checks one line of the manifest.
+
+    Args:
+      line: JSON object in UTF-8.
+      folder: where the media lie.
+
+    Returns:
+      The object; ``patient_id`` is text.
+
+    Raises:
+      ValueError: what is wrong, naming the field.
+    """
+    if len(line) > MAX_LINE:
+        raise ValueError(f"line of {len(line)} bytes; the limit is {MAX_LINE}")
+    try:
+        study = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON in UTF-8 ({error})") from None
+    if not isinstance(study, dict):
+        raise ValueError(f"a {type(study).__name__} instead of a JSON object")
+    absent = [name for name in REQUIRED if name not in study]
+    if absent:
+        raise ValueError(f"field {absent[0]!r} is absent")
+    unknown = sorted(set(study) - set(REQUIRED) - set(OPTIONAL))
+    if unknown:
+        raise ValueError(f"unknown field {unknown[0]!r}; known are {', '.join(REQUIRED + OPTIONAL)}")
+    if isinstance(study["patient_id"], int) and not isinstance(study["patient_id"], bool):
+        study["patient_id"] = str(study["patient_id"])
+    for name in ("study_id", "patient_id"):
+        if not isinstance(study[name], str) or not study[name].strip():
+            raise ValueError(f"field {name!r} is {study[name]!r}; expected text")
+    if not isinstance(study["report"], str):
+        raise ValueError(
+            f"field 'report' is a {type(study['report']).__name__}; expected text, \"\" for none"
+        )
+    if study["language"] not in LANGUAGES:
+        raise ValueError(f"field 'language' is {study['language']!r}; expected one of {LANGUAGES}")
+    if study.get("split", "train") not in SPLITS:
+        raise ValueError(f"field 'split' is {study['split']!r}; expected one of {SPLITS}")
+    _check_media(study["media"], folder)
+    _check_labels(study)
+    _check_regions(study)
+    return study
+
+
+def _check_media(media: Any, folder: Path) -> None:
+    if not isinstance(media, list) or not media or not all(isinstance(m, str) for m in media):
+        raise ValueError(f"field 'media' is {media!r}; expected a list of relative paths")
+    for name in media:
+        if not resolve_inside(folder, name).is_file():
+            raise ValueError(f"field 'media': no file {name!r}")
+
+
+def _check_labels(study: dict[str, Any]) -> None:
+    concepts = shared_graph().concepts
+    findings = study.get("findings", [])
+    if not isinstance(findings, list):
+        raise ValueError(f"field 'findings' is {findings!r}; expected a list of concept ids")
+    for name, value, types in (
+        ("organ", study.get("organ", ""), ("organ", "region")),
+        ("condition", study.get("condition", ""), ("condition", "finding")),
+        *(("findings", finding, ("finding", "descriptor")) for finding in findings),
+    ):
+        if value == "" and name != "findings":
+            continue
+        if not isinstance(value, str) or value not in concepts or concepts[value].type not in types:
+            raise ValueError(
+                f"field {name!r}: {value!r} is no {' or '.join(types)} of the knowledge graph "
+                "(see docs/data.md for the ids)"
+            )
+
+
+def _check_regions(study: dict[str, Any]) -> None:
+    regions = study.get("regions", [])
+    if not isinstance(regions, list):
+        raise ValueError(f"field 'regions' is a {type(regions).__name__}; expected a list")
+    concepts = shared_graph().concepts
+    for i, region in enumerate(regions):
+        name = f"field 'regions'[{i}]"
+        if not isinstance(region, dict) or set(region) != {"media", "frame", "box", "organ"}:
+            raise ValueError(f"{name}: expected exactly the fields media, frame, box, organ")
+        if not _is_index(region["media"]) or region["media"] >= len(study["media"]):
+            raise ValueError(f"{name}: media {region['media']!r} is no index into 'media'")
+        if not _is_index(region["frame"]):
+            raise ValueError(f"{name}: frame {region['frame']!r} is no frame number (0 is the first)")
+        box = region["box"]
+        numbers = isinstance(box, list) and len(box) == 4
+        numbers = numbers and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in box)
+        if not numbers or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+            raise ValueError(f"{name}: box {box!r}; expected [ymin, xmin, ymax, xmax] in [0, 1]")
+        organ = region["organ"]
+        if (
+            not isinstance(organ, str)
+            or organ not in concepts
+            or concepts[organ].type not in ("organ", "region")
+        ):
+            raise ValueError(f"{name}: organ {organ!r} is no organ or region of the knowledge graph")
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def find_labels(study: dict[str, Any]) -> tuple[str, str, tuple[str, ...]]:
+    """(organ, condition, findings): as stated, else read from the report (the organ named most often)."""
+    report, language = study["report"], study["language"]
+    organ = study.get("organ", "")
+    if not organ and report.strip():
+        graph = shared_graph()
+        named = [e.concept for e in extract_entities(report, language, graph)]
+        organs = [c for c in named if graph.concepts[c].type == "organ"]
+        organ = max(sorted(set(organs)), key=organs.count, default="")
+    condition, findings = label_report(report, language, organ)
+    return organ, study.get("condition", condition), tuple(study.get("findings", findings))
+
+
+def read_study(
+    study: dict[str, Any], group: str, labels: tuple[str, str, tuple[str, ...]], folder: Path
+) -> Record:
+    """Reads the media of a study: one file of any kind, or several stills as one sequence."""
+    clip = read_for_storage([folder / name for name in study["media"]])
+    regions = []
+    for i, region in enumerate(study.get("regions", [])):
+        # In a sequence of stills the file is the frame.
+        frame = region["frame"] if len(study["media"]) == 1 else region["media"]
+        if (len(study["media"]) > 1 and region["frame"] != 0) or frame > clip.frame_index[-1]:
+            raise ValueError(f"field 'regions'[{i}]: frame {region['frame']} is beyond the clip's last frame")
+        nearest = min(range(len(clip.frame_index)), key=lambda k: abs(clip.frame_index[k] - frame))
+        regions.append(Region(nearest, tuple(float(v) for v in region["box"]), region["organ"]))
+    organ, condition, findings = labels
+    return Record(
+        study_id=study["study_id"],
+        group_id=group,
+        frames=clip.frames,
+        fps=clip.fps,
+        pixel_spacing_mm=clip.pixel_spacing_mm,
+        organ=organ,
+        condition=condition,
+        findings=findings,
+        report=study["report"].strip(),
+        language=study["language"],
+        report_is_synthetic=False,
+        regions=tuple(regions),
+        official_split=study.get("split", ""),
+        source=";".join(study["media"]),
+        decoder=clip.decoder,
+    )

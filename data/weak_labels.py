@@ -1,0 +1,113 @@
+"""Weak labels: condition and findings read from a report, for sources that state none."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from dilbert_jax.knowledge import KnowledgeGraph, extract_entities, load_graph
+
+# Descriptors that a report uses for lesions and abnormal tissue rather than for what is ordinary.
+LESION_DESCRIPTORS = (
+    "anechoic",
+    "hypoechoic",
+    "isoechoic",
+    "hyperechoic",
+    "mixed_echogenicity",
+    "heterogeneous",
+    "irregular",
+    "circumscribed_margin",
+    "indistinct_margin",
+    "spiculated_margin",
+    "taller_than_wide",
+    "cystic",
+    "solid",
+    "enlarged",
+)
+# Present, these say nothing about disease.
+NEUTRAL_FINDINGS = frozenset(
+    {
+        "a_lines",
+        "architectural_distortion",  # nine in ten of the breast reports at hand say it of healthy glands
+        "gas_interference",
+        "good_sound_transmission",
+        "poor_visualization",
+        "positional_mobility",
+        "pulsation",
+        "respiratory_motion",
+        "sliding",
+        "vascularity",
+    }
+)
+_MALIGNANT = {"malignant_lesion", "metastasis", "hepatocellular_carcinoma", "thyroid_carcinoma"}
+_SOLID = {
+    "hypoechoic",
+    "markedly_hypoechoic",
+    "isoechoic",
+    "hyperechoic",
+    "mixed_echogenicity",
+    "mixed_composition",
+    "solid",
+}
+_DIFFUSE = {
+    "liver": {
+        "fine_bright_echotexture",
+        "coarse_echotexture",
+        "hepatorenal_contrast",
+        "fatty_liver",
+        "cirrhosis",
+    },
+    "thyroid": {"coarse_echotexture", "reticular_pattern", "reduced_echogenicity", "thyroiditis", "goiter"},
+}
+
+
+@lru_cache(maxsize=1)
+def shared_graph() -> KnowledgeGraph:
+    """The knowledge graph, loaded once a process."""
+    return load_graph()
+
+
+def label_report(text: str, language: str, organ: str) -> tuple[str, tuple[str, ...]]:
+    """Reads weak labels from a report.
+
+    Only entities that the text says are present count. The condition is the first that applies of: a stated
+    malignancy (unless resected); ``stone`` (stated, or a mobile hyperechoic focus with shadow); ``nodule`` or, when it is
+    anechoic or cystic and nothing solid is described, ``cyst``; any other stated condition except resection;
+    ``diffuse_disease`` (echotexture of liver or thyroid); ``post_resection``; ``normal`` when no finding but
+    neutral ones is present; else unknown.
+
+    Args:
+      text: the report; an empty one gives no labels.
+      language: "en" or "zh".
+      organ: concept id; the diffuse rule depends on it.
+
+    Returns:
+      (condition, findings): a concept id (``nodule`` is a finding that stands for a nodule of undetermined
+      nature) or "", and sorted concept ids of findings and lesion descriptors.
+    """
+    graph = shared_graph()
+    if not text.strip():
+        return "", ()
+    present = {e.concept for e in extract_entities(text, language, graph) if e.status == "present"}
+    findings = {c for c in present if graph.concepts[c].type == "finding"}
+    stated = {c for c in present if graph.concepts[c].type == "condition"} - {"normal", "post_resection"}
+    kept = tuple(sorted(findings | (present & set(LESION_DESCRIPTORS))))
+    focal = bool(present & {"nodule", "mass"})
+    fluid = bool(present & {"anechoic", "cystic", "cyst"})
+    if "post_resection" in present:
+        stated -= _MALIGNANT  # the reason of an operation, not what is seen now
+    if stated & _MALIGNANT:
+        return "malignant_lesion", kept
+    if "stone" in stated or {"hyperechoic", "posterior_shadowing", "positional_mobility"} <= present:
+        return "stone", kept
+    if focal and not (fluid and not present & _SOLID):
+        return "nodule", kept
+    if fluid:
+        return "cyst", kept
+    diffuse = _DIFFUSE.get(organ, set())
+    if stated - diffuse:
+        return min(stated - diffuse), kept
+    if present & diffuse:
+        return "diffuse_disease", kept
+    if "post_resection" in present:
+        return "post_resection", kept
+    return ("" if findings - NEUTRAL_FINDINGS else "normal"), kept
