@@ -165,6 +165,9 @@ class KnowledgeGraph:
             for relation in self.neighbours(organ, ("adjacent_to",))
             for end in (relation.source, relation.target)
         }
+        near |= {
+            part for region in near if self.concepts[region].type == "region" for part in self.parts(region)
+        }
         organs = {concept.id for concept in self.concepts.values() if concept.type == "organ"}
         # Parts are shared between organs (parenchyma, lobes): what names its organs stays inside them.
         homes = {
@@ -185,8 +188,9 @@ class KnowledgeGraph:
                 described.add(relation.source)
             if relation.type == "synonym_of" and {relation.source, relation.target} & inside:
                 described |= {relation.source, relation.target}
-        kept = {c for c in described if c in parts or not homes[c] or homes[c] & parts}
-        # A descriptor of a neighbour or organ is no anatomy: organs come in as parts or neighbours only.
+        shown = {r.target for r in self._edges[organ] if r.type == "shows" and r.source == organ}
+        kept = {c for c in described if c in parts | shown or not homes[c] or homes[c] & parts}
+        # Organs come in as parts or neighbours only, not through what modifies or moves.
         return frozenset(c for c in kept | near if c not in organs or c in parts | near)
 
 
