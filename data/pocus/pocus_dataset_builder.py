@@ -171,7 +171,7 @@ def read_study(study_id: str, path: Path, row: dict[str, str], condition: str, r
 
 
 def compose_report(row: dict[str, str], condition: str, findings: tuple[str, ...]) -> tuple[str, bool]:
-    """The comments, each once, as one text; composed from the labels (and flagged so) where there are none."""
+    """The comments, each once, as one text; without any, composed from the labels (True: synthetic)."""
     texts: list[str] = []
     for column in COMMENT_COLUMNS:
         text = " ".join(row[column].split())
