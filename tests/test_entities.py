@@ -54,6 +54,7 @@ ENGLISH = [
     ("normal in size, not enlarged", [("normal_size", P), ("normal_size", P)]),
     ("no acoustic\nshadowing", [("posterior_shadowing", A)]),
     ("no mass\nCyst of the liver", [("mass", A), ("cyst", P), ("liver", P)]),
+    ("a bacterial pneumonia is unlikely", [("bacterial_pneumonia", U)]),
     ("Massive cystitis of the renality", []),
     ("12.5 mm nodule. No 3.2 cm mass", [("nodule", P), ("mass", A)]),
     ("masses, calculi, cysts and lymph nodes", [("mass", P), ("stone", P), ("cyst", P), ("lymph_node", P)]),
@@ -86,6 +87,7 @@ CHINESE = [
     ("结节淋巴门结构消失", [("nodule", P), ("lymph_hilum", A)]),
     ("甲状腺右叶未探及", [("thyroid", P), ("right_lobe", A)]),
     ("胸腔积液未见", [("effusion", A)]),
+    ("脾不大，未见积水", [("spleen", P), ("enlarged", A), ("hydronephrosis", A)]),
     ("未见肿大淋巴结", [("lymphadenopathy", A)]),
     ("纵横比>1，Ｂ线", [("taller_than_wide", P), ("b_lines", P)]),
 ]

@@ -14,8 +14,8 @@ NEEDED = {
     "condition": "normal cyst benign_lesion malignant_lesion stone diffuse_disease bacterial_pneumonia "
     "viral_pneumonia covid19 hydronephrosis lymphadenopathy",
     "finding": "nodule mass calcification posterior_enhancement posterior_shadowing vascularity "
-    "free_fluid pulsation sliding reduced_sliding wall_thickening duct_dilatation effusion consolidation b_lines a_lines "
-    "pleural_irregularity air_bronchogram",
+    "free_fluid pulsation sliding reduced_sliding wall_thickening duct_dilatation effusion consolidation "
+    "b_lines a_lines pleural_irregularity air_bronchogram",
     "descriptor": "anechoic hypoechoic isoechoic hyperechoic mixed_echogenicity homogeneous heterogeneous "
     "round oval irregular circumscribed_margin indistinct_margin spiculated_margin parallel_orientation "
     "taller_than_wide enlarged small_size normal_size left right upper lower solid cystic",

@@ -110,6 +110,7 @@ _RESTART = {
 _VERB = re.compile(
     r"\b(?:is|are|was|were|has|have|shows?|seen|noted|there|but|with|without|no|neither|measur\w+|demonstrat\w+|appears?|moves?)\b"
 )
+_OWN_VERB = re.compile(r"\b(?:is|are|was|were|seems?|appears?) +(?:\w+ly +)?$")
 _CLOSING_VERB = re.compile(
     r"\b(?:is|are|was|were)(?: \w+){0,2} *$|\b(?:seen|noted|identified|detected|present) *$"
 )
@@ -207,6 +208,8 @@ def _backward_begin(text: str, end: int, language: str) -> int:
         )
         if len(parts) > 1 and not is_list:
             begin = end - len(parts[-1])
-    for match in _RESTART[language].finditer(text, begin, end):
+    # The verb of the cue's own sentence ("a cyst is | unlikely") is no new beginning.
+    tail = _OWN_VERB.search(text[:end], begin)
+    for match in _RESTART[language].finditer(text, begin, tail.start() if tail else end):
         begin = match.end()
     return begin
