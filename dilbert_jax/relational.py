@@ -26,7 +26,7 @@ Reduction = Literal["mean", "mean_valid", "sum"]
 
 # The reference code clamps squared distances here (not angles); the gradient below it is zero.
 _SQUARED_DISTANCE_FLOOR = 1e-12
-_TRIPLES_PER_BLOCK = 1 << 18
+_TRIPLES_PER_BLOCK = 1 << 22
 _DIFFERENCES_PER_BLOCK = 1 << 24
 
 
@@ -171,12 +171,19 @@ def _distance_loss(student_squared, teacher_squared, reduction):
 def _angle_loss(student_squared, teacher_squared, reduction, block_size):
     number = len(student_squared)
     if block_size is None:
-        block_size = max(1, _TRIPLES_PER_BLOCK // number**2)
+        block_size = _choose_block_size(number)
     elif block_size < 1:
         raise ValueError(f"block_size is {block_size}; it must be at least 1.")
     total = _angle_sum(student_squared, teacher_squared, min(block_size, number), reduction != "mean")
     valid = number * (number - 1) * (number - 2)
     return total / {"mean": number**3, "mean_valid": max(valid, 1), "sum": 1}[reduction]
+
+
+def _choose_block_size(number):
+    # On CPU one vertex keeps both cores busy and its arrays in cache; an accelerator wants many at once.
+    if number <= 64:
+        return number
+    return 1 if jax.default_backend() == "cpu" else max(1, _TRIPLES_PER_BLOCK // number**2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -199,45 +206,48 @@ _angle_sum.defvjp(_angle_sum_forward, _angle_sum_backward)
 def _walk_vertices(student_squared, teacher_squared, block_size, distinct, with_gradient):
     """Sum of the Huber losses and its derivative by the student's squared distances, block by block."""
     number, dtype = len(student_squared), student_squared.dtype
-    student_inverse, teacher_inverse = _inverse_lengths(student_squared), _inverse_lengths(teacher_squared)
-    counted = ~jnp.eye(number, dtype=bool) if distinct else None
+    counted = ~jnp.eye(number, dtype=bool)
 
-    def block(vertices, weight):
-        inverse = student_inverse[vertices] * weight[:, None]  # [V, N]; a padding vertex has no edges.
-        cosine = _cosines(student_squared, student_squared[vertices], inverse)  # [V, N, N]
-        teacher_block = teacher_inverse[vertices] * weight[:, None]
-        difference = cosine - _cosines(teacher_squared, teacher_squared[vertices], teacher_block)
-        if counted is not None:
+    def at_vertex(student_edges, student_inverse, teacher_edges, teacher_inverse):
+        """All four [N]: the squared edges that meet in one vertex and one over their lengths."""
+        cosine = _cosines(student_squared, student_edges, student_inverse)  # [N, N]
+        difference = cosine - _cosines(teacher_squared, teacher_edges, teacher_inverse)
+        if distinct:
             difference = jnp.where(counted, difference, 0)
-        slope = jnp.clip(difference, -1, 1)
-        loss = (slope * (difference - 0.5 * slope)).sum()
+        # Row sums first: a sum over the leading axis vectorizes, one over everything does not.
+        loss = huber(difference).sum(axis=0)  # [N]
         if not with_gradient:
             return loss, None, None
         # With r = 1 / length: dcos/dS_uw = -1/2 r_u r_w, dcos/dS_uv = 1/2 r_u (r_w - cos r_u), for w alike.
-        opposite = -0.5 * (slope * inverse[:, :, None] * inverse[:, None, :]).sum(axis=0)  # [N, N]
-        along = (slope * (inverse[:, :, None] - cosine * inverse[:, None, :])).sum(axis=1)  # [V, N]
-        return loss, opposite, inverse * along
+        slope = jnp.clip(difference, -1, 1)
+        opposite = -0.5 * slope * student_inverse[:, None] * student_inverse
+        lever = jnp.dot(student_inverse, slope, precision=jax.lax.Precision.HIGHEST)
+        adjacent = student_inverse * (lever - student_inverse * (slope * cosine).sum(axis=0))
+        return loss, opposite, adjacent
+
+    def step(carry, block):
+        if block_size == 1:
+            loss, opposite, adjacent = at_vertex(*(rows[0] for rows in block))
+        else:
+            loss, opposite, adjacent = jax.vmap(at_vertex)(*block)
+            loss = loss.sum(axis=0)
+            opposite = opposite.sum(axis=0) if with_gradient else None
+        return (carry[0] + loss, carry[1] + opposite if with_gradient else None), adjacent
 
     count = -(-number // block_size)
-    vertices = jnp.arange(count * block_size)
-    weight = (vertices < number).astype(dtype).reshape(count, block_size)
-    vertices = jnp.minimum(vertices, number - 1).reshape(count, block_size)
-
+    squared = student_squared, teacher_squared
+    edges = [rows for matrix in squared for rows in (matrix, _inverse_lengths(matrix))]
+    # Padding vertices have edges of length zero and so add nothing.
+    padding = ((0, count * block_size - number), (0, 0))
+    blocks = [jnp.pad(rows, padding).reshape(count, block_size, number) for rows in edges]
+    start = jnp.zeros(number, dtype), jnp.zeros_like(student_squared) if with_gradient else None
     if count == 1:
-        loss, opposite, adjacent = block(vertices[0], weight[0])
-        return loss, opposite + adjacent if with_gradient else None
-
-    def step(carry, inputs):
-        loss, opposite, adjacent = block(*inputs)
-        if not with_gradient:
-            return (carry[0] + loss, None), None
-        return (carry[0] + loss, carry[1] + opposite), adjacent
-
-    start = (jnp.zeros((), dtype), jnp.zeros_like(student_squared) if with_gradient else None)
-    (loss, opposite), adjacent = jax.lax.scan(step, start, (vertices, weight))
+        (loss, opposite), adjacent = step(start, [rows[0] for rows in blocks])
+    else:
+        (loss, opposite), adjacent = jax.lax.scan(step, start, blocks)
     if not with_gradient:
-        return loss, None
-    return loss, opposite + adjacent.reshape(-1, number)[:number]
+        return loss.sum(), None
+    return loss.sum(), opposite + adjacent.reshape(-1, number)[:number]
 
 
 def _inverse_lengths(squared):
@@ -246,6 +256,5 @@ def _inverse_lengths(squared):
 
 
 def _cosines(squared, edges, inverse):
-    """Cosines [V, N, N] at V vertices; squared [N, N], their squared edges and inverse lengths [V, N]."""
-    twice = edges[:, :, None] + edges[:, None, :] - squared
-    return 0.5 * twice * inverse[:, :, None] * inverse[:, None, :]
+    """Cosines [N, N] at one vertex with squared edges and inverse lengths [N]."""
+    return (edges[:, None] + edges - squared) * (0.5 * inverse[:, None] * inverse)
