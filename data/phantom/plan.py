@@ -54,7 +54,7 @@ LESION_WORD = {
     "spleen": "nodule",
     "kidney": "mass",
 }
-ECHO_DB = {"anechoic": -38.0, "hypoechoic": -11.0, "isoechoic": -1.5, "hyperechoic": 9.0}
+ECHO_DB = {"anechoic": -38.0, "hypoechoic": -12.0, "isoechoic": -1.5, "hyperechoic": 9.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,8 +229,8 @@ def _draw_lesion(organ: str, kind: str, reach: float, rng: np.random.Generator) 
         return str(rng.choice(list(options), p=shares / shares.sum()))
 
     low, high = {
-        "breast": (4.2, 7.8),
-        "thyroid": (4.4, 7.6),
+        "breast": (4.8, 8.4),
+        "thyroid": (5.0, 8.2),
         "gallbladder": (7.0, 9.5),
         "pancreas": (9.5, 14.0),
     }.get(organ, (10.5, 17.0))

@@ -215,7 +215,7 @@ def form_envelope(
       rng: draws the electronic noise, new in each frame.
 
     Returns:
-      float32 [T, N, L], linear amplitude; 1 stands for the mean power of liver parenchyma.
+      float32 [T, N, L], linear amplitude; liver parenchyma (0 dB) is of order 1.
     """
     step = probe.depth / NUM_SAMPLES
     path = (np.cumsum(loss, axis=1) - loss) * np.float32(step)
