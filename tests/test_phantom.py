@@ -75,7 +75,7 @@ def test_point_spread_is_narrower_along_the_beam_and_widens_off_focus():
     field = simulator.blur(noise, LINEAR)
     focus, deep = field[:, 45:60], field[:, 89:]
     assert width(focus, 0) < 0.85 * width(focus, 1)
-    assert width(deep, 1) > 1.5 * width(focus, 1)
+    assert width(deep, 1) > 1.3 * width(focus, 1)
 
 
 def test_speckle_moves_with_the_tissue_and_changes_across_the_plane():
