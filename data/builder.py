@@ -26,6 +26,7 @@ from dilbert_jax.splits import DEFAULT_FRACTIONS, split_by_group
 PREPARATION_FILE = "preparation.json"
 CARD_FILE = "DATASET_CARD.md"
 MAX_LISTED_SKIPS = 200
+TRIAL_STUDIES = 8  # a split this small is read once beforehand, lest one bad file empty it
 
 
 class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -136,17 +137,7 @@ class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
                     f"{self.name}: study id {later.study_id!r} is used by {earlier.source} and "
                     f"{later.source}; study ids must be unique"
                 )
-        try:
-            splits = split_by_group(
-                [e.group_id for e in entries],
-                [e.stratum for e in entries],
-                self.SPLIT_FRACTIONS,
-                self.SPLIT_SEED,
-                official_splits=[e.official_split for e in entries],
-                study_ids=[e.study_id for e in entries],
-            )
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error
+        entries, splits = self._split(entries)
         self._bar = tqdm(
             total=len(entries), desc=f"prepare {self.name}", unit="study", disable=not self.progress
         )
@@ -155,25 +146,62 @@ class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
             for name, indices in splits.items()
         }
 
+    def _split(self, entries: list[StudyEntry]) -> tuple[list[StudyEntry], dict[str, np.ndarray]]:
+        """Cuts by group; again without them when all studies of a small split turn out unreadable."""
+        while True:
+            try:
+                splits = split_by_group(
+                    [e.group_id for e in entries],
+                    [e.stratum for e in entries],
+                    self.SPLIT_FRACTIONS,
+                    self.SPLIT_SEED,
+                    official_splits=[e.official_split for e in entries],
+                    study_ids=[e.study_id for e in entries],
+                )
+            except ValueError as error:
+                why = f" (skipped before: {_reasons_line(self._skips)})" if self._skips else ""
+                raise ValueError(f"{self.name}: {error}{why}") from error
+            bad: set[int] = set()
+            for indices in splits.values():
+                if len(indices) <= TRIAL_STUDIES and not any(self._is_readable(entries[i]) for i in indices):
+                    bad.update(indices.tolist())
+            if not bad:
+                return entries, splits
+            for i in sorted(bad):
+                self._read(entries[i])  # counts the reason
+            entries = [entry for i, entry in enumerate(entries) if i not in bad]
+
+    def _is_readable(self, entry: StudyEntry) -> bool:
+        try:
+            record_lib.check(entry.read())
+        except (MediaError, ValueError):
+            return False
+        return True
+
+    def _read(self, entry: StudyEntry) -> tuple[Record, dict[str, Any]] | None:
+        """The record and its example, or None after counting why not."""
+        try:
+            record = entry.read()
+            _check_matches(entry, record)
+            return record, record_lib.to_example(record)
+        except (MediaError, ValueError) as error:
+            if self.strict:
+                raise ValueError(
+                    f"{entry.source}: {error} (strict mode stops at the first bad study)"
+                ) from error
+            self.skip(entry.source, error.reason if isinstance(error, MediaError) else str(error))
+            return None
+
     def _generate_examples(
         self, split: str, entries: list[StudyEntry]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         tally = self._tallies[split] = _Tally()
         skipped_before = len(self._skips)
         for entry in entries:
-            try:
-                record = entry.read()
-                _check_matches(entry, record)
-                example = record_lib.to_example(record)
-            except (MediaError, ValueError) as error:
-                if self.strict:
-                    raise ValueError(
-                        f"{entry.source}: {error} (strict mode stops at the first bad study)"
-                    ) from error
-                self.skip(entry.source, error.reason if isinstance(error, MediaError) else str(error))
-            else:
-                tally.add(record)
-                yield record.study_id, example
+            read = self._read(entry)
+            if read is not None:
+                tally.add(read[0])
+                yield entry.study_id, read[1]
             self._bar.set_postfix(
                 kept=sum(t.studies for t in self._tallies.values()), skipped=len(self._skips), refresh=False
             )

@@ -69,11 +69,15 @@ def shared_graph() -> KnowledgeGraph:
 def label_report(text: str, language: str, organ: str) -> tuple[str, tuple[str, ...]]:
     """Reads weak labels from a report.
 
-    Only entities that the text says are present count. The condition is the first that applies of: a stated
-    malignancy (unless resected); ``stone`` (stated, or a mobile hyperechoic focus with shadow); ``nodule`` or, when it is
-    anechoic or cystic and nothing solid is described, ``cyst``; any other stated condition except resection;
-    ``diffuse_disease`` (echotexture of liver or thyroid); ``post_resection``; ``normal`` when no finding but
-    neutral ones is present; else unknown.
+    Only entities that the text says are present count. The condition is the first that applies of:
+
+    1. a stated malignancy, unless resected;
+    2. ``stone``: stated, or a mobile hyperechoic focus with shadow;
+    3. ``nodule``; or ``cyst`` when it is anechoic or cystic and nothing solid is described;
+    4. any other stated condition except resection;
+    5. ``diffuse_disease``, by the echotexture of liver or thyroid;
+    6. ``post_resection``;
+    7. ``normal`` when no finding but neutral ones is present; else unknown.
 
     Args:
       text: the report; an empty one gives no labels.

@@ -88,9 +88,8 @@ class Builder(UltrasoundBuilder):
             if condition is None:
                 self.skip(source, f"column 'Label' is {row['Label']!r}; expected one of {sorted(CONDITIONS)}")
                 continue
-            study_id = ("still_" if "pocus_images" in source else "clip_") + re.sub(
-                r"[^0-9A-Za-z]+", "_", stem
-            )
+            kind = "still" if "pocus_images" in source else "clip"
+            study_id = f"{kind}_" + re.sub(r"[^0-9a-z]+", "_", stem.lower())
             yield StudyEntry(
                 study_id=study_id,
                 group_id=find_group(stem),

@@ -1,0 +1,140 @@
+"""The data set command line: prepare, list, show; reuse; errors in one line."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import source_folders
+from PIL import Image
+
+from dilbert_jax import datasets
+from dilbert_jax.data.record import Record, Region
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.delenv("DILBERT_DATA_DIR", raising=False)
+    monkeypatch.setenv("DILBERT_PREPARED_DIR", str(tmp_path / "prepared"))
+    source = tmp_path / "sources" / "busi"
+    source.mkdir(parents=True)
+    source_folders.make_busi(source)
+    return source, tmp_path / "prepared"
+
+
+def test_prepare_list_show(folders, capsys, tmp_path):
+    source, prepared = folders
+    assert datasets.main(["prepare", "busi", f"--manual_dir={source}", "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert "busi: kept 10 studies, skipped 0" in out and str(prepared) in out
+    assert datasets.main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in datasets.NAMES)
+    assert "prepared, 10 studies" in out and out.count("not prepared") == len(datasets.NAMES) - 1
+    sheet = tmp_path / "sheets" / "busi.png"
+    assert datasets.main(["show", "busi", f"--output={sheet}"]) == 0
+    out = capsys.readouterr().out
+    assert "malignant_lesion" in out and "contact sheet of 10 studies" in out
+    with Image.open(sheet) as image:
+        assert image.width > 1000 and image.height > 500
+
+
+def test_contact_sheet_draws_boxes_on_the_frame_that_has_them(tmp_path):
+    frames = np.zeros((3, 50, 80), np.uint8)
+    frames[2] = 120
+    record = Record(
+        study_id="s",
+        group_id="g",
+        frames=frames,
+        organ="liver",
+        condition="cyst",
+        report="",
+        language="en",
+        report_is_synthetic=True,
+        source="",
+        decoder="",
+        regions=(Region(2, (0.2, 0.2, 0.8, 0.8), "lesion"),),
+    )
+    datasets.draw_contact_sheet([record], tmp_path / "a.png", columns=1)
+    pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).reshape(-1, 3)
+    assert (pixels == (120, 120, 120)).all(1).sum() > 5000
+    assert (pixels == (31, 119, 180)).all(1).sum() > 200  # the box in the first colour of the cycle
+
+
+def test_second_prepare_does_no_work_and_changes_are_noticed(folders, monkeypatch):
+    source, _ = folders
+    first = datasets.prepare("busi", source, progress=False)
+    data = {p: p.stat().st_mtime_ns for p in os.scandir(first.data_dir) if p.is_file()}
+    with monkeypatch.context() as context:
+        context.setattr(type(first), "_studies", lambda *_: pytest.fail("the source was read again"))
+        again = datasets.prepare("busi", source, progress=False)
+        assert datasets.prepare("busi", progress=False).preparation() == again.preparation()
+    assert {p.name: p.stat().st_mtime_ns for p in os.scandir(first.data_dir)} == {
+        p.name: t for p, t in data.items()
+    }
+    (source / "Dataset_BUSI_with_GT" / "malignant" / "malignant (1)_mask.png").unlink()
+    changed = datasets.prepare("busi", source, progress=False)
+    assert changed.preparation()["kept"] == 9
+    assert sum(1 for _ in datasets.load_records("busi", manual_dir=source, progress=False)) == 9
+
+
+def test_failed_preparation_leaves_the_earlier_one_or_none(folders):
+    source, prepared = folders
+    with pytest.raises(ValueError, match="does not hold"):
+        datasets.prepare("busi", source.parent.parent / "sources", progress=False)
+    assert not list(prepared.rglob("preparation.json"))
+    assert datasets.make_builder("busi").preparation() is None
+
+
+def test_data_dir_variable_is_the_default_source(folders, monkeypatch, capsys):
+    source, _ = folders
+    monkeypatch.setenv("DILBERT_DATA_DIR", str(source.parent))
+    assert datasets.main(["prepare", "busi", "--quiet"]) == 0
+    assert "kept 10 studies" in capsys.readouterr().out
+    assert datasets.main(["prepare", "usss", "--quiet"]) == 1
+    assert "usss does not exist; it must hold abdominal_US" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare", "busi"], "error: busi: no folder given; manual_dir must hold Dataset_BUSI_with_GT"),
+        (["prepare", "kmve", "--manual_dir=/nowhere"], "error: kmve: /nowhere does not exist"),
+        (["show", "usss"], "usss is not prepared"),
+    ],
+)
+def test_errors_are_one_line(folders, capsys, arguments, message):
+    assert datasets.main(arguments) == 1
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_strict_reads_again_and_stops(folders, capsys):
+    source, _ = folders
+    (source / "Dataset_BUSI_with_GT" / "malignant" / "malignant (1)_mask.png").unlink()
+    assert datasets.main(["prepare", "busi", f"--manual_dir={source}", "--quiet"]) == 0
+    assert "skipped 1: lesion image without a mask" in capsys.readouterr().out
+    assert datasets.main(["prepare", "busi", f"--manual_dir={source}", "--quiet", "--strict"]) == 1
+    assert "malignant (1).png: lesion image without a mask" in capsys.readouterr().err
+
+
+def test_unknown_names_are_refused(folders):
+    with pytest.raises(ValueError, match="'bus' is unknown; known are phantom, busi"):
+        datasets.make_builder("bus")
+    builder = datasets.prepare("busi", folders[0], progress=False)
+    with pytest.raises(ValueError, match="split 'val' is unknown"):
+        datasets.open_split(builder, "val")
+
+
+def test_command_runs_without_tensorflow(folders):
+    source, _ = folders
+    code = (
+        "import sys\nfrom dilbert_jax import datasets\n"
+        f"assert datasets.main(['prepare', 'busi', '--manual_dir={source}', '--quiet']) == 0\n"
+        "assert len(list(datasets.load_records('busi', 'test', progress=False))) >= 1\n"
+        "assert 'tensorflow' not in sys.modules and 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
