@@ -1,6 +1,6 @@
 """Frame sizes read from compressed streams, so that they are known before a decoder allocates."""
 
-# Start-of-frame markers carry the size: SOF0-SOF15 without DHT, JPG and DAC [ITU-T T.81], SOF55 [JPEG-LS, T.87].
+# Start-of-frame markers carry the size: SOF0-SOF15 without DHT, JPG and DAC [ITU-T T.81], SOF55 [T.87].
 _START_OF_FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
 

@@ -23,18 +23,20 @@ from dilbert_jax.media.codestream import read_frame_size
 
 # Only these are ever read: what identifies the patient stays in the file.
 _HEADER_TAGS = [
-    "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns",
-    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelSpacing", "SequenceOfUltrasoundRegions",
-    "FrameTime", "FrameTimeVector", "CineRate", "RecommendedDisplayFrameRate", "WindowCenter", "WindowWidth",
-    "RescaleSlope", "RescaleIntercept", "RedPaletteColorLookupTableDescriptor",
-    "GreenPaletteColorLookupTableDescriptor", "BluePaletteColorLookupTableDescriptor",
-    "RedPaletteColorLookupTableData", "GreenPaletteColorLookupTableData", "BluePaletteColorLookupTableData",
+    "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows",
+    "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelSpacing",
+    "SequenceOfUltrasoundRegions", "FrameTime", "FrameTimeVector", "CineRate",
+    "RecommendedDisplayFrameRate", "WindowCenter", "WindowWidth", "RescaleSlope", "RescaleIntercept",
+    "RedPaletteColorLookupTableDescriptor", "GreenPaletteColorLookupTableDescriptor",
+    "BluePaletteColorLookupTableDescriptor", "RedPaletteColorLookupTableData",
+    "GreenPaletteColorLookupTableData", "BluePaletteColorLookupTableData",
     "SegmentedRedPaletteColorLookupTableData", "SegmentedGreenPaletteColorLookupTableData",
     "SegmentedBluePaletteColorLookupTableData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
 ]  # fmt: skip
 
 # One decoder a transfer syntax, since decoders differ by up to five grey levels on lossy JPEG. Pillow
-# (libjpeg-turbo) takes 8-bit JPEG; 12-bit and lossless JPEG, JPEG-LS, JPEG 2000 and RLE need pylibjpeg.
+# (libjpeg-turbo) takes 8-bit JPEG; 12-bit and lossless JPEG, JPEG-LS and JPEG 2000 need pylibjpeg. RLE stays
+# with pydicom's slower own decoder, because pylibjpeg-rle panics on damaged data and prints to the terminal.
 _PLUGINS = {
     uid.JPEGBaseline8Bit: ("pillow", "pillow"),
     uid.JPEGExtended12Bit: ("pylibjpeg", "pylibjpeg-libjpeg"),
@@ -47,7 +49,7 @@ _PLUGINS = {
     uid.HTJ2KLossless: ("pylibjpeg", "pylibjpeg-openjpeg"),
     uid.HTJ2KLosslessRPCL: ("pylibjpeg", "pylibjpeg-openjpeg"),
     uid.HTJ2K: ("pylibjpeg", "pylibjpeg-openjpeg"),
-    uid.RLELossless: ("pylibjpeg", "pylibjpeg-rle"),
+    uid.RLELossless: ("pydicom", ""),
 }
 _NATIVE = (
     uid.ImplicitVRLittleEndian,
@@ -55,7 +57,7 @@ _NATIVE = (
     uid.ExplicitVRBigEndian,
     uid.DeflatedExplicitVRLittleEndian,
 )
-# Calibrated regions of resized exports lie far outside the image; scanners overshoot by a pixel or two.
+# Of a side. Scanners overshoot by a pixel or two, cropped exports on one axis, resized ones on both.
 _REGION_TOLERANCE = 0.02
 
 
@@ -68,7 +70,7 @@ def decode_dicom(path: Path, max_frames: int | None) -> Decoded:
 
     Returns:
         Grayscale frames: MONOCHROME1 is inverted, palettes are applied, more than 8 bits are shown through
-        the file's first window or else scaled from the stored range; with the B-mode regions calibrated in cm.
+        the file's first window or else scaled from the stored range; with the regions calibrated in cm.
 
     Raises:
         MediaError: the file is broken, too large, or its pixels cannot be decoded.
@@ -126,6 +128,8 @@ def _check_deflated(path: Path) -> None:
 
 
 def _decode(path: Path, dataset: pydicom.Dataset, max_frames: int | None) -> Decoded:
+    if not dataset.get("PixelData"):
+        raise MediaError(path, "has no DICOM pixel data (PixelData is missing or empty)")
     rows, columns = _whole_number(path, dataset, "Rows"), _whole_number(path, dataset, "Columns")
     samples = _whole_number(path, dataset, "SamplesPerPixel", 1)
     stored_bits = _whole_number(path, dataset, "BitsStored", _whole_number(path, dataset, "BitsAllocated"))
@@ -134,8 +138,6 @@ def _decode(path: Path, dataset: pydicom.Dataset, max_frames: int | None) -> Dec
     if not 1 <= stored_bits <= 32:
         raise MediaError(path, f"has BitsStored {stored_bits}; 1 to 32 are understood")
     check_size(path, rows, columns)
-    if not dataset.get("PixelData"):
-        raise MediaError(path, "has no DICOM pixel data (PixelData is missing or empty)")
     syntax = uid.UID(dataset.file_meta.TransferSyntaxUID)
     if syntax not in _PLUGINS and syntax not in _NATIVE:
         name = syntax.name if syntax.is_valid and syntax.is_transfer_syntax else "unknown"
@@ -170,7 +172,7 @@ def _whole_number(path: Path, dataset: pydicom.Dataset, keyword: str, default: i
         value = dataset.get(keyword)
         if value is None and default is not None:
             return default
-        return int(value)  # type: ignore[arg-type]
+        return int(value)
     except Exception:
         raise MediaError(path, f"has no usable DICOM value for {keyword}; a whole number is needed") from None
 
@@ -230,7 +232,8 @@ def _count_encoded_frames(
         elif size != (rows, columns):
             raise MediaError(
                 path,
-                f"frame {count} is encoded with {size[0]} x {size[1]} pixels and the header says {rows} x {columns}",
+                f"frame {count} is encoded with {size[0]} x {size[1]} pixels and the header says "
+                f"{rows} x {columns}",
             )
         count += 1
     return count
@@ -324,8 +327,8 @@ def _read_regions(
     """B-mode regions calibrated in cm as pixel boxes (y0, x0, y1, x1), and their spacing in mm.
 
     A region is 2D (RegionSpatialFormat 1), tissue (RegionDataType 1), in cm on both axes (units code 3)
-    [DICOM PS3.3 C.8.5.5]. One that reaches far outside the image belongs to another pixel grid (the export
-    was resized or cropped), so neither its box nor its calibration holds.
+    [DICOM PS3.3 C.8.5.5]. Boxes are clamped to the image. One that reaches far outside on both axes belongs
+    to another pixel grid (the export was resized), so neither its box nor its calibration holds.
     """
     sequence = dataset.get("SequenceOfUltrasoundRegions")
     if not sequence:
@@ -351,9 +354,7 @@ def _read_regions(
             continue
         y0, x0, y1, x1 = (int(corner) for corner in corners if corner is not None)
         overshoot_y, overshoot_x = max(-y0, y1 + 1 - rows), max(-x0, x1 + 1 - columns)
-        if overshoot_y > max(2, _REGION_TOLERANCE * rows) or overshoot_x > max(
-            2, _REGION_TOLERANCE * columns
-        ):
+        if overshoot_y > _REGION_TOLERANCE * rows and overshoot_x > _REGION_TOLERANCE * columns:
             continue
         box = (max(y0, 0), max(x0, 0), min(y1 + 1, rows), min(x1 + 1, columns))
         if box[2] - box[0] < 2 or box[3] - box[1] < 2:
@@ -362,8 +363,9 @@ def _read_regions(
         deltas = _first_number(region, "PhysicalDeltaY"), _first_number(region, "PhysicalDeltaX")
         spacings.append(_check_spacing(abs(deltas[0] or 0) * 10, abs(deltas[1] or 0) * 10))
     # Two regions of different scale (split screen) leave no spacing that holds for the whole frame.
-    known = spacings and all(s is not None and np.allclose(s, spacings[0], rtol=0.01) for s in spacings)
-    return tuple(boxes), spacings[0] if known else None
+    first = spacings[0] if spacings else None
+    alike = first and all(spacing and np.allclose(spacing, first, rtol=0.01) for spacing in spacings)
+    return tuple(boxes), first if alike else None
 
 
 def _check_spacing(row: float, column: float) -> tuple[float, float] | None:

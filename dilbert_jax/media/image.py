@@ -50,7 +50,7 @@ def _decode(path: Path, image: Image.Image, max_frames: int | None) -> Decoded:
         if image.size != (width, height):
             raise MediaError(
                 path,
-                f"frame {number} has {image.height} x {image.width} pixels and frame 0 has {height} x {width}; "
+                f"frame {number} has {image.height} x {image.width} pixels, frame 0 {height} x {width}; "
                 "store frames of one size",
             )
         if num_frames > 1:

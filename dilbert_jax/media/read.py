@@ -31,14 +31,14 @@ def read_clip(path: str | Path, *, max_frames: int | None = None, blank_outside_
     Args:
         path: the file.
         max_frames: keep at most this many frames, evenly spaced with the first and the last; None keeps all.
-        blank_outside_sector: set pixels outside the calibrated regions of a DICOM, or else outside the detected
-            scan sector, to 0; text burned in there may identify the patient whatever the header says.
+        blank_outside_sector: set pixels outside the calibrated regions of a DICOM, or else outside the
+            detected scan sector, to 0; text burned in there may name the patient whatever the header says.
 
     Returns:
         The clip; a still image is a clip of one frame.
 
     Raises:
-        MediaError: the file is missing, unreadable, of no known kind, broken, or over a limit of memory or time.
+        MediaError: the file is missing, unreadable, of no known kind, broken, or over a limit.
         ValueError: max_frames is less than 1.
     """
     if max_frames is not None and max_frames < 1:

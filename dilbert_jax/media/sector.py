@@ -14,6 +14,8 @@ _DARKEST_BACKGROUND = 128  # a lighter flat area is saturated tissue
 _MIN_BACKGROUND = 0.02  # of all pixels; with less flat background there is nothing to blank
 _MIN_CONTRAST = 3  # grey levels inside speckle, between neighbouring cells
 _MIN_OFFSET = 1.5  # grey levels between the mean of a cell and the background
+_PANEL_OFFSET = 20  # grey levels of a control panel above the background; tissue is never exactly flat there
+_LIGHTEST_PANEL = 160  # lighter flat areas may be saturated tissue
 _TEXT_WINDOW = 7  # cells, about a line of text
 _TEXT_DARK = (0.3, 0.97)  # share of background around strokes of text
 _TEXT_BRIGHT = 60  # grey levels of the strokes above the background
@@ -31,14 +33,14 @@ def blank_outside(
 ) -> tuple[np.ndarray, tuple[float, float, float, float]]:
     """Set every pixel outside the calibrated regions, or else outside the detected scan sector, to 0.
 
-    Where no sector can be told from its surroundings the frames stay as they are, since tissue must not be lost.
+    Where no sector can be told from its surroundings the frames stay as they are: tissue must not be lost.
 
     Args:
         frames: uint8 [T, H, W].
         regions: calibrated pixel boxes (y0, x0, y1, x1) inside the frame; empty to detect the sector.
 
     Returns:
-        Blanked frames uint8 [T, H, W], and the bounding box (ymin, xmin, ymax, xmax) in [0, 1] of what was kept.
+        Blanked frames uint8 [T, H, W], and the bounding box (ymin, xmin, ymax, xmax) in [0, 1] of the rest.
     """
     height, width = frames.shape[1:]
     if regions:
@@ -51,10 +53,11 @@ def blank_outside(
             return frames, WHOLE_IMAGE
         keep = found
     rows, columns = np.flatnonzero(keep.any(1)), np.flatnonzero(keep.any(0))
-    box = (rows[0] / height, columns[0] / width, (rows[-1] + 1) / height, (columns[-1] + 1) / width)
     if keep.all():
         return frames, WHOLE_IMAGE
-    return frames * keep.astype(np.uint8), tuple(float(side) for side in box)
+    ymin, ymax = float(rows[0] / height), float((rows[-1] + 1) / height)
+    xmin, xmax = float(columns[0] / width), float((columns[-1] + 1) / width)
+    return frames * keep.astype(np.uint8), (ymin, xmin, ymax, xmax)
 
 
 def detect_sector(frames: np.ndarray) -> np.ndarray | None:
@@ -70,12 +73,15 @@ def detect_sector(frames: np.ndarray) -> np.ndarray | None:
     if min(height, width) < _MIN_SIDE:
         return None
     sampled = frames[np.linspace(0, len(frames) - 1, min(len(frames), _SAMPLED_FRAMES)).round().astype(int)]
-    background = _find_background(sampled)
-    if background is None:
+    screen = _find_background(sampled)
+    if screen is None:
         return None
+    background, panels = screen
     scale = min(1.0, _WORKING_SIZE / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     echoes, text = _find_echoes(sampled, background, size)
+    # Closing takes the writing on a panel along with it.
+    echoes &= ~_close(_shrink(panels.astype(np.float32), size) > 0.5, 2)
     tissue = _close(echoes & ~text, 3)
     scattered = echoes & ~_dilate(text, _EDGE)
     radius = max(2, round(_OPENING * min(size)))
@@ -90,26 +96,37 @@ def detect_sector(frames: np.ndarray) -> np.ndarray | None:
     for label in np.flatnonzero(areas >= _MIN_PART * areas.max()) + 1:
         part = labels == label
         part = part | (_dilate(part, _EDGE) & echoes) | (_dilate(part, _REACH) & scattered)
-        hull = _fill_hull(part)
-        if hull is None:
-            return None
-        keep |= hull
-    keep = _dilate(keep, 2)
+        keep |= part
+    # One hull around all parts, since a shadow or a cyst can split the tissue of one sector.
+    hull = _fill_hull(keep)
+    if hull is None:
+        return None
+    keep = _dilate(hull, 2)
     if keep.mean() < _MIN_AREA or (tissue & ~keep).sum() > _MAX_OUTSIDE * tissue.sum():
         return None
     full = Image.fromarray(keep.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(full) > 64
 
 
-def _find_background(sampled: np.ndarray) -> int | None:
-    """The grey level of the flat screen around the sector, None if there is no such area."""
+def _find_background(sampled: np.ndarray) -> tuple[int, np.ndarray] | None:
+    """The grey level of the flat screen around the sector, and the lighter panels on it (bool [H, W]).
+
+    None if there is no flat area.
+    """
     counts = np.zeros(256, np.int64)
-    for frame in sampled[:: max(1, len(sampled) // 4)]:
-        flat = ndimage.maximum_filter(frame, 3) - ndimage.minimum_filter(frame, 3) <= 1
-        counts += np.bincount(frame[flat], minlength=256)
+    panels = np.ones(sampled.shape[1:], bool)
+    looked_at = sampled[:: max(1, len(sampled) // 4)]
+    for frame in looked_at:
+        spread = ndimage.maximum_filter(frame, 3) - ndimage.minimum_filter(frame, 3)
+        counts += np.bincount(frame[spread <= 1], minlength=256)
+        panels &= (spread == 0) & (frame == looked_at[0])
     counts = counts[:_DARKEST_BACKGROUND]
-    share = counts.max() / (len(sampled[:: max(1, len(sampled) // 4)]) * sampled[0].size)
-    return int(counts.argmax()) if share >= _MIN_BACKGROUND else None
+    if counts.max() < _MIN_BACKGROUND * looked_at.size:
+        return None
+    background = int(counts.argmax())
+    return background, panels & (looked_at[0] >= background + _PANEL_OFFSET) & (
+        looked_at[0] < _LIGHTEST_PANEL
+    )
 
 
 def _find_echoes(

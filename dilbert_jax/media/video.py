@@ -114,7 +114,7 @@ def _to_gray(frame: av.VideoFrame) -> np.ndarray:
     name = frame.format.name
     if name in _LUMA_FIRST or name in _LUMA_FIRST_FULL:
         plane = frame.planes[0]
-        rows = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
+        rows = np.asarray(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
         gray = rows[: frame.height, : frame.width]
         full = name in _LUMA_FIRST_FULL or frame.color_range == _FULL_RANGE
         gray = gray.copy() if full else _EXPAND_LIMITED[gray]
