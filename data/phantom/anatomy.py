@@ -105,10 +105,10 @@ def _diaphragm(canvas: Canvas, inside: np.ndarray) -> None:
 
 def _draw_liver(canvas: Canvas, plan: StudyPlan, body: Body, rng: np.random.Generator) -> Site:
     diffuse = plan.condition == "diffuse_disease"
-    bright = body.bright + (6.5 if diffuse else 0)
+    bright = body.bright + (8.0 if diffuse else 0)
     size = body.size * (1.07 if diffuse else 1)
     x0, m = body.shift[0], body.mirror
-    canvas.paint(np.ones_like(canvas.x), bright + 1.0 * canvas.texture, 0.075 if diffuse else 0.0)
+    canvas.paint(np.ones_like(canvas.x), bright + 1.0 * canvas.texture, 0.1 if diffuse else 0.0)
     # Hepatic veins join towards the diaphragm; the portal branch has a bright wall.
     weak = 8.0 if diffuse else 0.0  # fat blurs the vessels
     for slope, offset, width in ((0.55, -26, 3.2), (-0.25, 4, 3.6), (-0.9, 30, 2.8)):
@@ -175,7 +175,7 @@ def _draw_gallbladder(canvas: Canvas, plan: StudyPlan, body: Body, rng: np.rando
 
 def _draw_pancreas(canvas: Canvas, plan: StudyPlan, body: Body, rng: np.random.Generator) -> Site:
     diffuse = plan.condition == "diffuse_disease"
-    bright = body.bright + (6.5 if diffuse else -1.5)
+    bright = body.bright + (8.0 if diffuse else -1.5)
     x0, z0, size, m = body.shift[0], 50 + body.shift[1], body.size, body.mirror
     canvas.paint(np.ones_like(canvas.x), 6.0 + 2.0 * canvas.texture)  # retroperitoneal fat
     canvas.paint(z0 - 14 + 2 * canvas.texture - canvas.z, body.bright - 1, 0.0, 2.0)  # left lobe of the liver
@@ -215,7 +215,7 @@ def _draw_pancreas(canvas: Canvas, plan: StudyPlan, body: Body, rng: np.random.G
 
 
 def _draw_spleen(canvas: Canvas, plan: StudyPlan, body: Body, rng: np.random.Generator) -> Site:
-    size = body.size * (1.27 if plan.condition == "diffuse_disease" else 0.94)
+    size = body.size * (1.34 if plan.condition == "diffuse_disease" else 0.92)
     x0, z0, m = body.shift[0], 44 + body.shift[1], body.mirror
     angle = m * (0.30 + body.tilt)
     bright = body.bright - 1.0
@@ -245,7 +245,7 @@ def _draw_kidney(canvas: Canvas, plan: StudyPlan, body: Body, rng: np.random.Gen
     size = body.size
     x0, z0, m = body.shift[0], 59 + body.shift[1], body.mirror
     angle = m * (0.14 + body.tilt)
-    cortex = body.bright + (5.0 if diffuse else -4.0)
+    cortex = body.bright + (6.5 if diffuse else -4.0)
     canvas.paint(np.ones_like(canvas.x), body.bright + 0.8 * canvas.texture)  # liver or spleen as window
     canvas.paint(canvas.z - z0 - 8 + 3 * canvas.texture, -3 + 3 * canvas.texture, 0.02, 4.0)  # psoas
     kidney = canvas.ellipsoid((x0, 0, z0), (50 * size, 52, 24.5 * size), angle)
@@ -320,7 +320,7 @@ def _draw_thyroid(canvas: Canvas, plan: StudyPlan, body: Body, rng: np.random.Ge
     diffuse = plan.condition == "diffuse_disease"
     size = body.size * (1.15 if diffuse else 1.0)
     x0, top = body.shift[0], 0.5 * body.wall + body.shift[1] * 0.4
-    bright = body.bright + (-5.5 if diffuse else 3.0)
+    bright = body.bright + (-6.0 if diffuse else 3.0)
     canvas.paint(np.ones_like(x), -8 + 1.5 * canvas.texture)
     fibres = np.sin((z + 0.1 * np.abs(x)) * np.float32(2 * np.pi / 1.8))
     strap = top + 1.0 - 0.035 * np.abs(x - np.float32(x0))

@@ -52,7 +52,7 @@ def paint_lesion(canvas: Canvas, lesion: Lesion, site: Site, rng: np.random.Gene
     wide, tall = lesion.radius / np.sqrt(lesion.aspect), lesion.radius * np.sqrt(lesion.aspect)
     # Longer across the planes than within them: a section shows it in a good part of the sweep.
     inside = canvas.ellipsoid(
-        (x, lesion.elevation, z), (wide, 1.15 * lesion.radius, tall), rng.uniform(-0.12, 0.12)
+        (x, lesion.elevation, z), (wide, 1.35 * lesion.radius, tall), rng.uniform(-0.12, 0.12)
     )
     inside = _shape(canvas, inside, lesion, x, z, rng)
     edge = {"indistinct_margin": 0.55 * lesion.radius, "spiculated_margin": 0.16 * lesion.radius}.get(
@@ -74,7 +74,7 @@ def paint_lesion(canvas: Canvas, lesion: Lesion, site: Site, rng: np.random.Gene
     elif lesion.echogenicity == "isoechoic":
         canvas.line(inside, 0.16 * lesion.radius, site.background - 1)
         halo = np.exp(-((inside / np.float32(0.16 * lesion.radius)) ** 2))
-        canvas.echo -= np.float32(9) * halo
+        canvas.echo -= np.float32(12) * halo
     if lesion.calcified:
         _paint_calcification(canvas, inside, lesion, x, z, rng)
 

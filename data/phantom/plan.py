@@ -54,7 +54,7 @@ LESION_WORD = {
     "spleen": "nodule",
     "kidney": "mass",
 }
-ECHO_DB = {"anechoic": -38.0, "hypoechoic": -12.0, "isoechoic": -1.5, "hyperechoic": 9.0}
+ECHO_DB = {"anechoic": -38.0, "hypoechoic": -13.0, "isoechoic": -2.0, "hyperechoic": 10.5}
 
 
 @dataclasses.dataclass(frozen=True)
