@@ -29,7 +29,7 @@ MAX_LISTED_SKIPS = 200
 TRIAL_STUDIES = 8  # a split this small is read once beforehand, lest one bad file empty it
 
 
-class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Base of all builders; a subclass is named ``Builder`` in ``data/<name>/<name>_dataset_builder.py``.
 
     A subclass sets the class attributes below and yields its studies from ``_studies``. Studies whose media
@@ -355,7 +355,7 @@ class _Tally:
 def hash_frames(frames: np.ndarray) -> str:
     """SHA-256 over shape and pixels of uint8 [T, H, W]."""
     digest = hashlib.sha256(repr(frames.shape).encode())
-    digest.update(np.ascontiguousarray(frames))
+    digest.update(np.ascontiguousarray(frames).data)
     return digest.hexdigest()
 
 

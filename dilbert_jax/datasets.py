@@ -275,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m dilbert_jax.datasets", description=__doc__.split("\n")[0]
-    )  # type: ignore[union-attr]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     with_name: dict[str, argparse.ArgumentParser] = {}
     for command, help_text in (

@@ -3,8 +3,10 @@
 import importlib
 import json
 import os
+import shutil
 
 import numpy as np
+import pydicom.examples
 import pytest
 import source_folders
 from PIL import Image
@@ -668,3 +670,25 @@ def test_export_bad_media_is_skipped_with_its_line(tmp_path, source):
     assert len(records) == 7
     (skipped,) = builder.preparation()["skipped_studies"]
     assert skipped["source"] == "manifest.jsonl line 4" and "no DICOM, video or image" in skipped["reason"]
+
+
+def test_export_dicom_cine_with_a_region(tmp_path, source):
+    manifest = source_folders.make_export(source)
+    shutil.copy(pydicom.examples.get_path("ybr_color"), source / "cine.dcm")
+    study = {
+        "study_id": "cine",
+        "patient_id": 7,
+        "media": ["cine.dcm"],
+        "report": "",
+        "language": "en",
+        "organ": "heart",
+        "regions": [{"media": 0, "frame": 29, "box": [0.25, 0.25, 0.75, 0.75], "organ": "heart"}],
+    }
+    with manifest.open("a") as file:
+        file.write(json.dumps(study) + "\n")
+    _, records, _ = prepare("ahjuui", tmp_path)
+    cine = records["cine"]
+    assert cine.frames.shape == (30, 240, 320) and cine.fps == pytest.approx(30.0, abs=0.1)
+    assert cine.regions == (Region(29, (0.25, 0.25, 0.75, 0.75), "heart"),)
+    assert cine.condition == "" and cine.findings == () and cine.report == ""
+    assert "pydicom" in cine.decoder

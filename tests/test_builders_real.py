@@ -1,4 +1,4 @@
-"""The builders on the partial copies under DILBERT_DATA_DIR: counts as that copy's description states them."""
+"""The builders on the partial copies under DILBERT_DATA_DIR: the counts that are known of that copy."""
 
 import os
 from collections import Counter

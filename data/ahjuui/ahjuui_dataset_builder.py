@@ -200,7 +200,8 @@ def read_study(
         if (len(study["media"]) > 1 and region["frame"] != 0) or frame > clip.frame_index[-1]:
             raise ValueError(f"field 'regions'[{i}]: frame {region['frame']} is beyond the clip's last frame")
         nearest = min(range(len(clip.frame_index)), key=lambda k: abs(clip.frame_index[k] - frame))
-        regions.append(Region(nearest, tuple(float(v) for v in region["box"]), region["organ"]))
+        ymin, xmin, ymax, xmax = (float(side) for side in region["box"])
+        regions.append(Region(nearest, (ymin, xmin, ymax, xmax), region["organ"]))
     organ, condition, findings = labels
     return Record(
         study_id=study["study_id"],
