@@ -120,10 +120,10 @@ def _draw_liver(canvas: Canvas, plan: StudyPlan, body: Body, rng: np.random.Gene
         tube = np.minimum(tube, 24 - np.abs(canvas.z - np.float32(74)))
         canvas.paint(tube, FLUID + 12 + weak, 0.0, 1.6)
     dome = canvas.ellipsoid((x0 + 8 * m, 0, 42), (84 * size, 130, 66 * size), body.tilt)
-    _vessel(canvas, plan, body, x0 - 9 * m, 56 + body.shift[1], 7.4 * size, 7.0)
+    _vessel(canvas, plan, body, x0 - 24 * m, 56 + body.shift[1], 7.4 * size, 7.0)
     canvas.mark("liver", np.minimum(dome, canvas.z - np.float32(body.wall)))
     _diaphragm(canvas, dome)
-    return _ellipse_site(x0 + 12 * m, 56, 24, 16, bright)
+    return _ellipse_site(x0 + 19 * m, 56, 15, 14, bright)
 
 
 def _draw_gallbladder(canvas: Canvas, plan: StudyPlan, body: Body, rng: np.random.Generator) -> Site:

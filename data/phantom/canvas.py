@@ -86,9 +86,10 @@ class Canvas:
         """Records where a labelled structure lies."""
         self.masks.setdefault(label, []).append(inside[::REGION_STRIDE] > 0)
 
-    def lose_below(self, depth: np.ndarray | float, inside: np.ndarray, loss: float) -> None:
-        """Adds attenuation within ``inside``, e.g. for gas or bone that blocks the beam."""
-        self.loss += np.where((inside > 0) & (self.z > depth), np.float32(loss), np.float32(0))
+    def cover(self, label: str, inside: np.ndarray) -> None:
+        """Takes away from a label's masks what something painted later hides."""
+        for mask in self.masks.get(label, []):
+            mask &= ~(inside[::REGION_STRIDE] > 0)
 
 
 def make_texture(

@@ -69,6 +69,7 @@ def paint_lesion(canvas: Canvas, lesion: Lesion, site: Site, rng: np.random.Gene
         lesion.posterior, 0.0
     )
     canvas.paint(inside, echo, through / (1.6 * tall), edge, "cyst" if lesion.kind == "cyst" else "lesion")
+    canvas.cover("vessel", inside)
     if lesion.kind == "cyst":
         canvas.line(inside + 0.02 * lesion.radius, 0.07 * lesion.radius, site.background + 7)
     elif lesion.echogenicity == "isoechoic":
