@@ -111,7 +111,8 @@ def test_pocus_counts(prepared):
     assert preparation["kept"] + preparation["skipped"] == 375
     assert preparation["skipped_by_reason"] == {"media file absent from this copy": 288}
     assert all(record.report for record in records.values())
-    assert all(clip.fps and 5 <= clip.fps <= 60 for clip in clips.values())
+    # Thinned to 128 frames, a long clip has a low rate; what stays is its length in time.
+    assert all(clip.fps and 1 < lengths[s] / clip.fps < 60 and clip.fps <= 60 for s, clip in clips.items())
     assert all(2 <= lengths[s] <= 128 for s in clips)
     assert {r.group_id for s, r in records.items() if "pat3image" in s} == {"charlotte_patient_3"}
 
