@@ -1,0 +1,154 @@
+"""Figures: valid PNGs whose pixels depend on what they show, sorted curves, names that the fonts can draw."""
+
+import io
+
+import numpy as np
+import pytest
+import report_samples as samples
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from dilbert_jax.evaluation import figures, match_figures
+
+
+def pixels(png: bytes) -> np.ndarray:
+    assert png.startswith(b"\x89PNG")
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+
+
+def count(image: np.ndarray, colour: str) -> int:
+    wanted = np.round(np.array(to_rgb(colour)) * 255)
+    return int((np.abs(image - wanted).sum(-1) < 6).sum())
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return samples.make_frames(9)
+
+
+@pytest.fixture
+def annotation(frames):
+    return samples.make_annotation(frames)
+
+
+def test_curves_are_sorted_by_term_network_and_split():
+    series = figures.collect_curves(samples.make_history(20), "mutual")
+    assert list(series) == [
+        "mlm",
+        "mdc",
+        "moc",
+        "cmm",
+        "soft_labels",
+        "relational_distance",
+        "relational_angle",
+        "loss",
+        "learning_rate",
+    ]
+    assert set(series["mlm"]) == {"teacher", "student"} and set(series["loss"]) == {""}
+    assert [step for step, _ in series["mlm"]["student"]["train"]] == [5, 10, 15, 20]
+    assert len(series["mlm"]["student"]["validation"]) == 1
+
+
+def test_curves_draw_each_network_in_its_colour():
+    history = samples.make_history(60)
+    both = pixels(figures.training_curves(history, "mutual"))
+    alone = pixels(figures.training_curves(history, "teacher"))
+    assert count(both, figures.SYSTEM_COLOURS["student"]) > 300
+    assert count(alone, figures.SYSTEM_COLOURS["teacher"]) > 300
+    assert count(alone, figures.SYSTEM_COLOURS["student"]) == 0
+
+
+def test_a_network_key_and_a_short_rate_are_understood():
+    history = [{"stage": "a", "step": 1, "network": "student", "loss": 2.0, "lr": 0.1}]
+    assert figures.collect_curves(history, "a") == {
+        "loss": {"student": {"train": [(1.0, 2.0)]}},
+        "learning_rate": {"student": {"train": [(1.0, 0.1)]}},
+    }
+    pixels(figures.training_curves(history, "a"))
+
+
+def test_curves_survive_values_that_are_not_finite():
+    history = [{"stage": "a", "step": s, "loss": float("nan") if s == 2 else 1.0} for s in (1, 2, 3)]
+    pixels(figures.training_curves(history, "a"))
+
+
+def test_a_stage_without_terms_is_refused():
+    with pytest.raises(ValueError, match="no loss term of stage 'none'"):
+        figures.training_curves(samples.make_history(20), "none")
+
+
+def test_f1_bars_grow_with_f1():
+    def bar(value):
+        interval = {"value": value, "low": None, "high": None}
+        report = {"per_class": [{"id": "liver", "support": 4, "f1": interval}]}
+        return count(pixels(figures.class_f1_bars({"majority": report})), blend("majority"))
+
+    def blend(system):
+        return tuple(1 - 0.85 * (1 - c) for c in to_rgb(figures.SYSTEM_COLOURS[system]))
+
+    assert bar(0.9) > 2.5 * bar(0.3) > 0
+
+
+def test_f1_bars_need_a_class_with_support():
+    report = {"per_class": [{"id": "liver", "support": 0, "f1": {"value": None, "low": None, "high": None}}]}
+    with pytest.raises(ValueError, match="no class with support"):
+        figures.class_f1_bars({"student": report})
+
+
+def test_confusion_shades_the_diagonal_of_a_perfect_answer_only():
+    darkest = "#003f63"
+    perfect = pixels(figures.confusion_figure(np.diag([3, 4]), ["liver", "heart"]))
+    spread = pixels(figures.confusion_figure(np.full((2, 2), 3), ["liver", "heart"]))
+    assert count(perfect, darkest) > 1000 and count(spread, darkest) == 0
+    with pytest.raises(ValueError, match="confusion has shape"):
+        figures.confusion_figure(np.zeros((2, 3)), ["a", "b"])
+
+
+def test_names_fall_back_to_english_without_a_chinese_font(monkeypatch):
+    names = {"en": "liver", "zh": "肝脏"}
+    monkeypatch.setattr(figures, "_drawable", lambda: frozenset(range(256)))
+    assert figures.display_name("liver", names, "zh") == "liver"
+    monkeypatch.setattr(figures, "_drawable", lambda: frozenset(map(ord, "肝脏")))
+    assert figures.display_name("liver", names, "zh") == "肝脏"
+    assert figures.display_name("portal_vein") == "portal vein"
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_no_glyph_is_missing(recwarn, language, annotation, frames):
+    match_figures.entity_region_figure(annotation, frames, language=language)
+    names = {c: samples.names_of(c) for c in samples.CONDITIONS}
+    figures.confusion_figure(np.eye(6, dtype=int), samples.CONDITIONS, names, language)
+    assert not [w for w in recwarn if "missing" in str(w.message)]
+
+
+def test_frame_graph_lines_are_as_wide_as_the_score(annotation, frames):
+    colour = match_figures.ENTITY_COLOURS[0]
+
+    def ink(score):
+        for entity in annotation["entities"]:
+            entity["frame_scores"] = [score] * len(annotation["frame_index"])
+        image = pixels(match_figures.entity_frame_graph(annotation, frames, entities=["cyst"]))
+        return int((image[..., 2] - image[..., 0] > 25).sum()), colour
+
+    assert ink(0.9)[0] > 2 * ink(0.3)[0] > ink(0.0)[0]
+
+
+def test_region_figure_takes_the_best_matched_frame(annotation, frames):
+    for entity in annotation["entities"]:
+        entity["region_scores"] = [0.1] * len(annotation["regions"])
+    target = annotation["regions"][-1]["frame"]
+    annotation["entities"][0]["region_scores"][-1] = 0.9
+    chosen = match_figures.entity_region_figure(annotation, frames)
+    assert chosen == match_figures.entity_region_figure(annotation, frames, frame=target)
+    assert chosen != match_figures.entity_region_figure(
+        annotation, frames, frame=annotation["regions"][0]["frame"]
+    )
+
+
+def test_match_figures_name_what_does_not_fit(annotation, frames):
+    with pytest.raises(ValueError, match="has no entity 'spleen'"):
+        match_figures.entity_frame_graph(annotation, frames, entities=["spleen"])
+    with pytest.raises(ValueError, match="names frame 8, but the clip passed has 5 frames"):
+        match_figures.entity_frame_graph(annotation, frames[:5])
+    with pytest.raises(ValueError, match="frame 1 has no region"):
+        match_figures.entity_region_figure(annotation, frames, frame=1)
