@@ -141,11 +141,13 @@ def _squared_distances_forward(vectors):
 
 
 def _squared_distances_backward(vectors, gradient):
-    # d/dx_u of sum_uv W_uv |x_u - x_v|^2. Centred, because the two terms cancel by the size of the offset.
-    centred = vectors - vectors.mean(axis=0)
-    weights = gradient + gradient.T
-    product = jnp.matmul(weights, centred, precision=jax.lax.Precision.HIGHEST)
-    return (2 * (weights.sum(axis=1, keepdims=True) * centred - product),)
+    # d/dx_u = 2 sum_v (W_uv + W_vu) (x_u - x_v): from differences too, as W is largest where they are small.
+    def add_one(total, inputs):
+        sample, weight = inputs
+        return total + weight[:, None] * (vectors - sample), None
+
+    weights = 2 * (gradient + gradient.T)
+    return (jax.lax.scan(add_one, jnp.zeros_like(vectors), (vectors, weights))[0],)
 
 
 _squared_distances.defvjp(_squared_distances_forward, _squared_distances_backward)
