@@ -178,7 +178,8 @@ def _angle_loss(student_squared, teacher_squared, reduction, block_size):
         raise ValueError(f"block_size is {block_size}; it must be at least 1.")
     total = _angle_sum(student_squared, teacher_squared, min(block_size, number), reduction != "mean")
     valid = number * (number - 1) * (number - 2)
-    return total / {"mean": number**3, "mean_valid": max(valid, 1), "sum": 1}[reduction]
+    # As floats: N^3 does not fit 32-bit integers from N = 1291 on.
+    return total / {"mean": float(number**3), "mean_valid": float(max(valid, 1)), "sum": 1.0}[reduction]
 
 
 def _choose_block_size(number):

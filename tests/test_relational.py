@@ -212,6 +212,14 @@ def test_memory_stays_quadratic():
     assert analysis.temp_size_in_bytes < 64 * 2**20
 
 
+@pytest.mark.parametrize("reduction", ["mean", "mean_valid", "sum"])
+def test_large_batches_trace_although_their_triples_overflow_an_integer(reduction):
+    vectors = jax.ShapeDtypeStruct((2048, 8), jnp.float32)
+    run = jax.value_and_grad(lambda student, teacher: relational_loss(student, teacher, reduction=reduction))
+    value, gradient = jax.eval_shape(run, vectors, vectors)
+    assert value.shape == () and gradient.shape == (2048, 8)
+
+
 SHARDED = """
 import json, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
