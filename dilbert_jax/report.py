@@ -113,12 +113,12 @@ def render_index(entries: Iterable[Mapping[str, Any]], path: str | os.PathLike[s
             failed.append({"file": entry["file"], "reason": entry["reason"]})
         elif entry.get("annotation"):
             frames = entry.get("frames")
-            thumbnail = "" if frames is None else _encode(frames[len(frames) // 2], 120, 75)
+            thumbnail = (
+                "" if frames is None else _data_uri(_encode(frames[len(frames) // 2], 120, 75), "jpeg")
+            )
             # Quoting the colon too keeps a file name from becoming a link of another kind ("javascript:").
             href = urllib.parse.quote(str(entry["href"]), safe="/")
-            done.append(
-                {**entry, "href": href, "thumbnail": _data_uri(thumbnail, "jpeg") if thumbnail else ""}
-            )
+            done.append({**entry, "href": href, "thumbnail": thumbnail})
         else:
             raise ValueError(f"{entry.get('file')}: the entry has neither 'annotation' nor 'reason'")
     _render("index.html", path, done=done, failed=failed)

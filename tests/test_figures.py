@@ -67,9 +67,13 @@ def test_a_network_key_and_a_short_rate_are_understood():
     pixels(figures.training_curves(history, "a"))
 
 
-def test_curves_survive_values_that_are_not_finite():
-    history = [{"stage": "a", "step": s, "loss": float("nan") if s == 2 else 1.0} for s in (1, 2, 3)]
-    pixels(figures.training_curves(history, "a"))
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_one_value_that_is_not_finite_spoils_no_other(bad):
+    values = np.ones(200)
+    values[100] = bad
+    np.testing.assert_allclose(figures._running_mean(values), 1.0)
+    history = [{"stage": "a", "step": s, "student/loss": v} for s, v in enumerate(values)]
+    assert count(pixels(figures.training_curves(history, "a")), figures.SYSTEM_COLOURS["student"]) > 300
 
 
 def test_a_stage_without_terms_is_refused():

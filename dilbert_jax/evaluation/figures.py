@@ -16,6 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 INK, MUTED, GRID = "#1f2933", "#66727f", "#e3e7eb"
 # Okabe and Ito's palette: told apart under every common colour blindness, and in print by lightness.
@@ -124,7 +126,7 @@ def training_curves(history: Sequence[Mapping[str, Any]], stage: str) -> bytes:
             axes[lowest, column].set_xlabel("step", color=MUTED)
         networks = [n for n in ("teacher", "student") if any(n in lines for lines in series.values())]
         if networks:
-            handles = [mpl.lines.Line2D([], [], color=SYSTEM_COLOURS[n], lw=1.8, label=n) for n in networks]
+            handles = [Line2D([], [], color=SYSTEM_COLOURS[n], lw=1.8, label=n) for n in networks]
             figure.legend(handles=handles, loc="outside upper left", ncols=len(networks))
         return encode_figure(figure)
 
@@ -234,7 +236,7 @@ def confusion_figure(
         raise ValueError(
             f"confusion has shape {counts.shape} for {len(class_ids)} classes, sum {counts.sum()}"
         )
-    shown = np.flatnonzero(counts.sum(0) + counts.sum(1))
+    shown = np.flatnonzero(counts.sum(0) + counts.sum(1)).tolist()
     counts = counts[np.ix_(shown, shown)]
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     labels = [display_name(class_ids[i], (names or {}).get(class_ids[i]), language) for i in shown]
@@ -286,15 +288,13 @@ def _draw_term(axis: Axes, term: str, lines: Mapping[str, Mapping[str, list[tupl
             color=colour,
         )
     axis.margins(x=0.02)
-    top = max(
-        (v for splits in lines.values() for points in splits.values() for _, v in points if v == v), default=1
-    )
-    bottom = min(
-        (v for splits in lines.values() for points in splits.values() for _, v in points if v == v), default=0
-    )
+    values = [
+        v for splits in lines.values() for points in splits.values() for _, v in points if np.isfinite(v)
+    ]
+    top, bottom = max(values, default=1.0), min(values, default=0.0)
     axis.set_ylim(min(0, bottom * 1.05), top * 1.12 if top > 0 else 1)
-    axis.yaxis.set_major_locator(mpl.ticker.MaxNLocator(4, steps=[1, 2, 5, 10]))
-    axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
+    axis.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
     if term == "learning_rate":
         axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
 
@@ -304,10 +304,13 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     half = len(values) // 40
     if half < 1:
         return values
-    total = np.concatenate([[0.0], np.cumsum(values)])
+    finite = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    number = np.concatenate([[0], np.cumsum(finite)])
     index = np.arange(len(values))
     low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
-    return (total[high] - total[low]) / (high - low)
+    counted = number[high] - number[low]
+    return np.where(counted > 0, (total[high] - total[low]) / np.maximum(counted, 1), np.nan)
 
 
 @functools.cache
@@ -317,17 +320,22 @@ def _cjk_font() -> str | None:
     return next((name for name in _CJK_FONTS if name in installed), None)
 
 
+def _font_families() -> list[str]:
+    """Fonts to try for each character, in this order."""
+    chinese = _cjk_font()
+    return ["DejaVu Sans", chinese] if chinese else ["DejaVu Sans"]
+
+
 @functools.cache
 def _drawable() -> frozenset[int]:
     """Code points that the fonts in use can draw."""
-    fonts = ["DejaVu Sans", *([_cjk_font()] if _cjk_font() else [])]
+    fonts = _font_families()
     return frozenset().union(*(FT2Font(font_manager.findfont(name)).get_charmap() for name in fonts))
 
 
-def figure_style() -> dict[str, Any]:
+def figure_style() -> Any:
     """Settings that every figure of the report shares, for `matplotlib.rc_context`."""
-    families = ["DejaVu Sans"] + ([_cjk_font()] if _cjk_font() else [])
-    return {**_STYLE, "font.family": families}
+    return {**_STYLE, "font.family": _font_families()}
 
 
 def encode_figure(figure: Figure) -> bytes:

@@ -179,7 +179,7 @@ def check_frames(numbers: Sequence[int], frames: np.ndarray) -> None:
     outside = [n for n in numbers if not 0 <= n < len(frames)]
     if outside:
         raise ValueError(
-            f"the annotation names frame {outside[0]}, but the clip passed has {len(frames)} frames"
+            f"the annotation names frame {max(outside)}, but the clip passed has {len(frames)} frames"
         )
 
 

@@ -59,7 +59,7 @@ def recall_at_k(
     else:
         if targets.dtype != bool:
             raise ValueError(f"targets [N, C] are {targets.dtype}; expected bool")
-        kept = targets.any(1)
+        kept = np.asarray(targets.any(1))
         right_index = targets[kept]
     scores = logits[kept]
     if np.isnan(scores).any():
