@@ -26,7 +26,12 @@ _BYTE_BUDGET = 5_200_000  # before base64, which adds a third
 _MAX_PLAYED_RATE, _STILLS_RATE = 30.0, 8.0
 _SHOWN_FINDINGS = 10
 _MATCH_EXAMPLES = 2
-TASK_TITLES = {"organ": "Organ", "condition": "Condition", "findings": "Findings"}
+TASK_TITLES = {
+    "organ": "Organ",
+    "condition": "Condition",
+    "findings": "Findings",
+    "entities": "Entities matched with the clip",
+}
 BASELINE_TITLES = {"majority": "majority of training", "always_present": "every finding, always"}
 RANKED_TASKS = {
     "mlm": "masked language (MLM)",
@@ -37,7 +42,11 @@ RANKED_TASKS = {
 
 
 def render_annotation(
-    annotation: Mapping[str, Any], frames: np.ndarray, path: str | os.PathLike[str]
+    annotation: Mapping[str, Any],
+    frames: np.ndarray,
+    path: str | os.PathLike[str],
+    *,
+    source_frames: Sequence[int] = (),
 ) -> None:
     """Writes annotation.html: the scrubbable clip with its regions, entities and links, findings and
     description.
@@ -47,6 +56,8 @@ def render_annotation(
       frames: uint8 [T, H, W]. At most 128 are embedded, evenly spaced and always those that the annotation
         names, scaled down to 480 px or less so that the file stays below 8 MB.
       path: file to write.
+      source_frames: [T], the number that each of `frames` has in its source and that the page then shows, for
+        a clip read in part; empty for a whole clip.
 
     Raises:
       ValueError: frames of another kind, or a frame number outside the clip.
@@ -54,18 +65,24 @@ def render_annotation(
     regions = annotation["regions"]
     named = {int(r["frame"]) for r in regions} | {int(i) for i in annotation["frame_index"]}
     match_figures.check_frames(sorted(named), frames)
+    if len(source_frames) not in (0, len(frames)):
+        raise ValueError(
+            f"{len(source_frames)} source_frames for {len(frames)} frames; expected one for each"
+        )
     numbers = select_frames(len(frames), named)
+    shown_numbers = [int(source_frames[i]) for i in numbers] if len(source_frames) else numbers
+    total = max(shown_numbers[-1] + 1, len(frames))
     position = {number: i for i, number in enumerate(numbers)}
     images = encode_frames(frames[numbers])
     fps = annotation["source"].get("fps")
     entities = sorted(annotation["entities"], key=lambda e: (not e.get("supported", True), -e["score"]))
     strength = [max((e["region_scores"][r] for e in entities), default=0) for r in range(len(regions))]
     first = regions[int(np.argmax(strength))]["frame"] if regions else numbers[0]
-    step = len(frames) / len(numbers)
+    step = total / len(numbers)
     data = {
         "frames": images,
-        "numbers": numbers,
-        "total": len(frames),
+        "numbers": shown_numbers,
+        "total": total,
         "fps": fps,
         "delay": round(1000 * max(step / fps, 1 / _MAX_PLAYED_RATE)) if fps else round(1000 / _STILLS_RATE),
         "regions": [
@@ -88,6 +105,7 @@ def render_annotation(
         width=width,
         height=height,
         num_embedded=len(numbers),
+        total=total,
         shown_findings=findings[:shown],
         other_findings=findings[shown:],
         provenance=_provenance(annotation),

@@ -130,6 +130,19 @@ def test_long_clip_embeds_few_frames_yet_all_that_are_named(tmp_path):
     assert [data["numbers"][i] for i in data["frame_index"]] == annotation["frame_index"]
 
 
+def test_a_clip_read_in_part_shows_the_numbers_of_its_source(annotation, frames, tmp_path):
+    path = tmp_path / "annotation.html"
+    report.render_annotation(annotation, frames, path, source_frames=range(0, 100, 5))
+    page = Page(path)
+    data = page.data()
+    assert data["numbers"] == list(range(0, 100, 5)) and data["total"] == 96
+    assert [r["frame"] for r in data["regions"]] == [r["frame"] for r in annotation["regions"]]
+    assert "embeds 20 of the 96 frames" in page.text
+    assert data["delay"] == round(1000 * 96 / 20 / 24)
+    with pytest.raises(ValueError, match="3 source_frames for 20 frames"):
+        report.render_annotation(annotation, frames, path, source_frames=[0, 1, 2])
+
+
 def test_a_hundred_noisy_frames_are_quick_and_below_eight_megabytes(rng, tmp_path):
     frames = rng.integers(0, 256, (100, 600, 800), dtype=np.uint8)  # noise is the worst case for JPEG
     annotation = samples.make_annotation(frames)
@@ -237,6 +250,14 @@ def test_report_shows_what_was_measured(annotation, frames, evaluation, tmp_path
         assert text in page.text, text
     # Organ, condition: bars and confusion; findings: bars; four stages; two matches; a strip of six frames.
     assert page.tags.count("img") == 5 + 4 + 2 + 6
+
+
+def test_report_shows_how_entities_match(evaluation, tmp_path):
+    matched = copy.deepcopy(evaluation)
+    annotation = matched["networks"]["student"]["annotation"]
+    annotation["entities"] = annotation.pop("findings")
+    report.render_report(matched, [], [], tmp_path / "report.html", graph=samples.GRAPH)
+    assert "Entities matched with the clip" in Page(tmp_path / "report.html").text
 
 
 def test_report_of_a_run_that_has_little(evaluation, tmp_path):
