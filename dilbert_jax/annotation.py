@@ -234,7 +234,10 @@ def write_description(context: ModelContext, annotation: Mapping[str, Any]) -> d
     present = [
         e["id"]
         for e in annotation["entities"]
-        if e["supported"] and e["type"] in ("region", "descriptor") and allowed(e["id"]) and e["id"] not in findings
+        if e["supported"]
+        and e["type"] in ("region", "descriptor")
+        and allowed(e["id"])
+        and e["id"] not in findings
     ]
     return {
         language: describe(
@@ -249,7 +252,8 @@ def describe_source(clip: Clip, sha256: str) -> dict[str, Any]:
     return {
         "file": pathlib.Path(clip.source).name,
         "sha256": sha256,
-        "num_frames": len(clip.frames),
+        # Long clips are thinned evenly, the last frame included.
+        "num_frames": clip.frame_index[-1] + 1 if clip.frame_index else len(clip.frames),
         "height": int(clip.frames.shape[1]),
         "width": int(clip.frames.shape[2]),
         "fps": clip.fps,
@@ -260,7 +264,9 @@ def describe_source(clip: Clip, sha256: str) -> dict[str, Any]:
 
 def _region_labels(context: ModelContext, prediction: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """Most likely region class of every region, among the classes that annotated boxes had in training."""
-    classes = [(r, e) for r, e in zip(context.labels.regions, context.entity_of_region, strict=False) if e >= 0]
+    classes = [
+        (r, e) for r, e in zip(context.labels.regions, context.entity_of_region, strict=False) if e >= 0
+    ]
     logits = prediction["region_logits"]  # [E, R]
     if len(classes) < 2:
         return [{"label": "", "probability": None}] * logits.shape[1]

@@ -153,7 +153,9 @@ def _build(
     with temporary.open("wb") as file:
         np.save(file, stacked)
     temporary.replace(target / "pixels.npy")
-    temporary.write_text(json.dumps([dataclasses.asdict(s) for s in studies], ensure_ascii=False), encoding="utf-8")
+    temporary.write_text(
+        json.dumps([dataclasses.asdict(s) for s in studies], ensure_ascii=False), encoding="utf-8"
+    )
     temporary.replace(target / "studies.json")
 
 

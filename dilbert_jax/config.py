@@ -114,7 +114,9 @@ def load_config(path: pathlib.Path) -> ml_collections.ConfigDict:
     saved = json.loads(path.read_text(encoding="utf-8"))
     for section, value in saved.items():
         if section not in config:
-            raise ValueError(f"{path}: unknown field {section!r}; this workdir was written by another version")
+            raise ValueError(
+                f"{path}: unknown field {section!r}; this workdir was written by another version"
+            )
         if not isinstance(value, dict):
             config[section] = value
             continue
@@ -139,18 +141,38 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     patch = model.stem_patch
     cells = 2 ** (len(model.channels) - 1)
     need(data.num_frames >= 1, "data.num_frames", "need at least 1")
-    need(data.num_frames % patch[0] == 0, "data.num_frames", f"must be divisible by model.stem_patch[0] = {patch[0]}")
+    need(
+        data.num_frames % patch[0] == 0,
+        "data.num_frames",
+        f"must be divisible by model.stem_patch[0] = {patch[0]}",
+    )
     need(patch[1] == patch[2], "model.stem_patch", "rows and columns must be equal on a square input")
     need(data.size % patch[1] == 0, "data.size", f"must be divisible by model.stem_patch[1] = {patch[1]}")
     need(data.size // patch[1] >= cells, "data.size", f"too small for {len(model.channels)} CNN stages")
-    need(model.hidden_size % model.num_heads == 0, "model.hidden_size", f"must be divisible by {model.num_heads} heads")
-    need(len(model.blocks) == len(model.channels) - 1, "model.blocks", "one entry for each channel after the first")
+    need(
+        model.hidden_size % model.num_heads == 0,
+        "model.hidden_size",
+        f"must be divisible by {model.num_heads} heads",
+    )
+    need(
+        len(model.blocks) == len(model.channels) - 1,
+        "model.blocks",
+        "one entry for each channel after the first",
+    )
     need(data.max_tokens >= 4, "data.max_tokens", "need at least 4")
     need(data.folds == 0 or data.folds >= 3, "data.folds", "0 (the set's own splits) or at least 3")
     need(data.folds == 0 or 0 <= data.fold < data.folds, "data.fold", f"must lie in [0, {data.folds})")
     need(train.batch_size >= 2, "train.batch_size", "relations between samples need at least 2")
     need(config.optimizer.name in ("sgd", "adamw"), "optimizer.name", "choose 'sgd' or 'adamw'")
-    need(config.loss.reduction in ("mean", "mean_valid", "sum"), "loss.reduction", "choose mean, mean_valid or sum")
+    need(
+        config.loss.reduction in ("mean", "mean_valid", "sum"),
+        "loss.reduction",
+        "choose mean, mean_valid or sum",
+    )
     need(config.loss.temperature > 0, "loss.temperature", "must be positive")
     for stage in ("teacher", "student", "mutual", "finetune"):
-        need(train[f"{stage}_epochs"] > 0, f"train.{stage}_epochs", "every stage needs a positive number of epochs")
+        need(
+            train[f"{stage}_epochs"] > 0,
+            f"train.{stage}_epochs",
+            "every stage needs a positive number of epochs",
+        )

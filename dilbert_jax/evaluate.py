@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,8 +15,13 @@ from tqdm import tqdm
 import dilbert_jax
 from dilbert_jax import annotation as annotations
 from dilbert_jax.annotation import Thresholds
-from dilbert_jax.evaluation.metrics import classification_report, majority_baseline, multilabel_report
-from dilbert_jax.evaluation.retrieval import multilabel_recall_at_k, recall_at_k
+from dilbert_jax.evaluation.metrics import (
+    classification_report,
+    constant_report,
+    majority_baseline,
+    multilabel_report,
+)
+from dilbert_jax.evaluation.retrieval import matching_accuracy, recall_at_k
 from dilbert_jax.experiment import Experiment, open_experiment
 from dilbert_jax.input_pipeline import evaluation_batches
 from dilbert_jax.report import render_report
@@ -82,12 +86,14 @@ def evaluate(
         "data_fingerprint": experiment.dataset["fingerprint"],
         "seed": config.seed,
         "networks": networks,
-        "baseline": {"majority": _majority(experiment, indices)},
+        "baseline": _baselines(experiment, indices),
     }
     (workdir / "eval.json").write_text(
         json.dumps(evaluation, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
     )
-    examples = _example_annotations(experiment, predictions["student"], indices, thresholds["student"], networks)
+    examples = _example_annotations(
+        experiment, predictions["student"], indices, thresholds["student"], networks
+    )
     history = read_metrics(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
     render_report(evaluation, history, examples, workdir / "report.html", graph=context.graph)
     return evaluation
@@ -99,7 +105,9 @@ def summarize(evaluation: dict[str, Any]) -> str:
     for network, result in evaluation["networks"].items():
         parts = [f"CMM accuracy {result['pretraining']['cmm']['accuracy']:.3f}"]
         for head, report in result["annotation"].items():
-            name, interval = ("accuracy", report["accuracy"]) if head == "organ" else ("macro F1", report["macro"]["f1"])
+            name, interval = (
+                ("accuracy", report["accuracy"]) if head == "organ" else ("macro F1", report["macro"]["f1"])
+            )
             text = f"{head} {name} {interval['value']:.3f}"
             if interval["low"] is not None:
                 text += f" [{interval['low']:.3f}, {interval['high']:.3f}]"
@@ -124,7 +132,9 @@ def _pretraining_tasks(experiment: Experiment, params: Any, indices: np.ndarray)
     for batch, real in batches:
         inputs = {k: jnp.asarray(v) for k, v in batch.items() if k not in ("study", "frame_index")}
         logits = jax.device_get(forward(params, inputs))
-        masks = {k: np.asarray(v) & real.reshape(-1, *[1] * (v.ndim - 1)) for k, v in task_masks(inputs).items()}
+        masks = {
+            k: np.asarray(v) & real.reshape(-1, *[1] * (v.ndim - 1)) for k, v in task_masks(inputs).items()
+        }
         classes = np.broadcast_to(batch["classes"][:, None], logits["mdc"].shape)
         targets = {"mlm": batch["mlm_targets"], "mdc": classes, "moc": batch["region_labels"]}
         for task, target in targets.items():
@@ -133,15 +143,25 @@ def _pretraining_tasks(experiment: Experiment, params: Any, indices: np.ndarray)
         collect("cmm/logits", logits["cmm"][masks["cmm"]])
         collect("cmm/targets", batch["matched"].astype(np.int64)[masks["cmm"]])
     joined = {name: np.concatenate(values) for name, values in collected.items()}
-    measure: dict[str, Callable[..., dict[str, Any]]] = {
-        "mlm": recall_at_k,
-        "mdc": multilabel_recall_at_k,
-        "moc": recall_at_k,
-        "cmm": recall_at_k,
+    counts = _training_counts(experiment)
+    tasks = {
+        task: recall_at_k(joined[f"{task}/logits"], joined[f"{task}/targets"], training_counts=counts[task])
+        for task in ("mlm", "mdc", "moc")
     }
-    tasks = {task: measure[task](joined[f"{task}/logits"], joined[f"{task}/targets"]) for task in measure}
-    tasks["cmm"]["accuracy"] = tasks["cmm"]["recall_at_1"]
+    tasks["cmm"] = matching_accuracy(joined["cmm/logits"], joined["cmm/targets"])
     return tasks
+
+
+def _training_counts(experiment: Experiment) -> dict[str, np.ndarray]:
+    """How often training shows each word piece, class and region class."""
+    context, builder, train = experiment.context, experiment.builder, experiment.indices["train"]
+    words = np.concatenate([builder.reports[i].token_ids[builder.reports[i].token_mask] for i in train])
+    regions = [r for i in train for r in experiment.store.studies[i].region_labels]
+    return {
+        "mlm": np.bincount(words, minlength=context.tokenizer.vocab_size),
+        "mdc": np.sum([builder.targets(int(i))["classes"] for i in train], axis=0),
+        "moc": np.asarray([regions.count(label) for label in context.labels.regions]),
+    }
 
 
 def _predict_all(experiment: Experiment, params: Any, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -161,7 +181,9 @@ def _choose_thresholds(experiment: Experiment, params: Any) -> Thresholds:
         return Thresholds({}, {})
     output = _predict_all(experiment, params, indices)
 
-    def choose(ids: tuple[str, ...], probabilities: np.ndarray, targets: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+    def choose(
+        ids: tuple[str, ...], probabilities: np.ndarray, targets: np.ndarray, mask: np.ndarray
+    ) -> dict[str, float]:
         chosen = {}
         for column, concept in enumerate(ids):
             keep = mask[:, column]
@@ -173,7 +195,9 @@ def _choose_thresholds(experiment: Experiment, params: Any) -> Thresholds:
     finding_mask = np.repeat(output["batch/findings_mask"][:, None], len(labels.findings), 1)
     return Thresholds(
         findings=choose(labels.findings, output["findings"], output["batch/findings"], finding_mask),
-        entities=choose(labels.entities, output["entities"], output["batch/entities"], output["batch/entities_mask"]),
+        entities=choose(
+            labels.entities, output["entities"], output["batch/entities"], output["batch/entities_mask"]
+        ),
     )
 
 
@@ -217,26 +241,27 @@ def _annotation_reports(
     return reports
 
 
-def _majority(experiment: Experiment, indices: np.ndarray) -> dict[str, Any]:
-    """What always answering the commonest training label scores."""
-    labels, store = experiment.context.labels, experiment.store
+def _baselines(experiment: Experiment, indices: np.ndarray) -> dict[str, Any]:
+    """What needs no model: the commonest training label, and, for many-label heads, always answering "present"."""
+    labels, builder = experiment.context.labels, experiment.builder
     resamples = experiment.context.config.evaluate.num_resamples
-    reports = {}
+    groups = np.asarray([experiment.store.studies[i].group_id for i in indices])
+    majority: dict[str, Any] = {}
+    always: dict[str, Any] = {}
+
+    def targets(name: str, split: np.ndarray) -> np.ndarray:
+        return np.stack([builder.targets(int(i))[name] for i in split])
+
     for head, ids in (("organ", labels.organs), ("condition", labels.conditions)):
-        index = {concept: i for i, concept in enumerate(ids)}
-
-        def targets(split: np.ndarray, index: dict[str, int] = index, head: str = head) -> np.ndarray:
-            return np.asarray([index.get(getattr(store.studies[i], head), -1) for i in split])
-
-        known = targets(indices) >= 0
-        train = targets(experiment.indices["train"])
-        if len(ids) > 1 and known.any() and (train >= 0).any():
-            groups = np.asarray([store.studies[i].group_id for i in indices])
-            predicted = majority_baseline(train[train >= 0], int(known.sum()))
-            reports[head] = classification_report(
-                targets(indices)[known], predicted, ids, groups[known], num_resamples=resamples
-            )
-    return reports
+        train, test = targets(head, experiment.indices["train"]), targets(head, indices)
+        if len(ids) > 1 and (train >= 0).any() and (test >= 0).any():
+            majority[head] = majority_baseline(train, test, ids, groups, num_resamples=resamples)
+    for head, ids in (("findings", labels.findings), ("entities", labels.entities)):
+        if ids:
+            train, test = targets(head, experiment.indices["train"]), targets(head, indices)
+            majority[head] = majority_baseline(train, test, ids, groups, num_resamples=resamples)
+            always[head] = constant_report(test, ids, groups, num_resamples=resamples)
+    return {"majority": majority, "always_present": always}
 
 
 def _example_annotations(

@@ -128,7 +128,9 @@ def load_context(workdir: pathlib.Path) -> ModelContext:
     """
     for name in ("config.json", "vocab.txt", "labels.json"):
         if not (workdir / name).is_file():
-            raise FileNotFoundError(f"{workdir / name} is missing: {workdir} holds no run; train one with train.py")
+            raise FileNotFoundError(
+                f"{workdir / name} is missing: {workdir} holds no run; train one with train.py"
+            )
     config = load_config(workdir / "config.json")
     graph = load_graph(config.data.graph_file or None)
     return make_context(
@@ -149,7 +151,9 @@ def open_experiment(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
     else:
         save_config(config, workdir / "config.json")
     graph = load_graph(data.graph_file or None)
-    tfds_builder = datasets.prepare(data.name, manual_dir=data.manual_dir or None, data_dir=data.data_dir or None)
+    tfds_builder = datasets.prepare(
+        data.name, manual_dir=data.manual_dir or None, data_dir=data.data_dir or None
+    )
     folder = pathlib.Path(tfds_builder.data_path)
     preparation = json.loads((folder / "preparation.json").read_text(encoding="utf-8"))
 

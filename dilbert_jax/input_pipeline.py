@@ -10,7 +10,13 @@ import grain
 import numpy as np
 
 from dilbert_jax.clips import ClipStore, Study, select_evenly
-from dilbert_jax.knowledge import EncodedReport, KnowledgeGraph, ReportTokenizer, extract_entities, mask_report
+from dilbert_jax.knowledge import (
+    EncodedReport,
+    KnowledgeGraph,
+    ReportTokenizer,
+    extract_entities,
+    mask_report,
+)
 from dilbert_jax.labels import LabelSpace
 
 Example = dict[str, np.ndarray]
@@ -72,9 +78,7 @@ class ExampleBuilder:
         self._organ = {c: i for i, c in enumerate(labels.organs)}
         self._condition = {c: i for i, c in enumerate(labels.conditions)}
         self._region = {c: i for i, c in enumerate(labels.regions)}
-        self._reports = [
-            tokenizer.encode(s.report, s.language, graph, spec.max_tokens) for s in store.studies
-        ]
+        self.reports = [tokenizer.encode(s.report, s.language, graph, spec.max_tokens) for s in store.studies]
         self._blank = tokenizer.encode("", "en", graph, spec.max_tokens)
         self._groups = np.unique([s.group_id for s in store.studies], return_inverse=True)[1]
         self._texts = np.unique([s.report for s in store.studies], return_inverse=True)[1]
@@ -100,6 +104,10 @@ class ExampleBuilder:
             "entities_mask": np.asarray([statuses.get(e) != "uncertain" for e in labels.entities], bool),
         }
 
+    def targets(self, index: int) -> Example:
+        """Labels of the whole clip: organ, condition, findings, classes, entities, and which are known."""
+        return self._targets[index]
+
     # -- frames ------------------------------------------------------------------------------------------------
 
     def _sample_frames(self, available: int, rng: np.random.Generator | None) -> np.ndarray:
@@ -114,7 +122,12 @@ class ExampleBuilder:
     # -- regions -----------------------------------------------------------------------------------------------
 
     def _label_grid(
-        self, grid: np.ndarray, frames: np.ndarray, boxes: np.ndarray, box_frames: np.ndarray, labels: np.ndarray
+        self,
+        grid: np.ndarray,
+        frames: np.ndarray,
+        boxes: np.ndarray,
+        box_frames: np.ndarray,
+        labels: np.ndarray,
     ) -> np.ndarray:
         """Label of the annotated box that each grid box overlaps most (IoU >= 0.3) in the nearest annotated frame."""
         out = np.full(len(grid), -1, np.int32)
@@ -140,10 +153,12 @@ class ExampleBuilder:
         stored = np.asarray(study.region_frames, np.int64)
         labels = np.asarray([self._region[label] for label in study.region_labels], np.int32)
         if spec.augment and rng is not None:
-            mirror = not names_a_side(self._reports[index])
+            mirror = not names_a_side(self.reports[index])
             frames, boxes, sector = augment(frames, boxes, sector, rng, mirror)
         # Frame numbers within the sampled frames; boxes pushed off the image by a shift are dropped.
-        box_frames = np.abs(stored[:, None] - sampled[None, :]).argmin(1).astype(np.int32) if len(stored) else stored
+        box_frames = (
+            np.abs(stored[:, None] - sampled[None, :]).argmin(1).astype(np.int32) if len(stored) else stored
+        )
         size = np.minimum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])
         keep = size > 0.01
         boxes, box_frames, labels = boxes[keep], box_frames[keep], labels[keep]
@@ -162,7 +177,9 @@ class ExampleBuilder:
         if annotated and len(boxes):
             limit = min(len(boxes), spec.max_annotated_regions)
             chosen = (
-                select_evenly(len(boxes), limit) if rng is None else np.sort(rng.permutation(len(boxes))[:limit])
+                select_evenly(len(boxes), limit)
+                if rng is None
+                else np.sort(rng.permutation(len(boxes))[:limit])
             )
             count = len(chosen)
             out_boxes[:count], out_frames[:count] = boxes[chosen], box_frames[chosen]
@@ -180,7 +197,9 @@ class ExampleBuilder:
             "region_labels": out_labels,
             "region_mask": mask,
             "frame_index": np.pad(
-                np.asarray(study.frame_index, np.int32)[sampled], (0, spec.num_frames - len(sampled)), mode="edge"
+                np.asarray(study.frame_index, np.int32)[sampled],
+                (0, spec.num_frames - len(sampled)),
+                mode="edge",
             ),
             "study": np.int32(index),
         }
@@ -196,7 +215,7 @@ class ExampleBuilder:
         example |= self._targets[index]
 
         partner = self._mismatched(index, rng) if rng.random() < 0.5 else index
-        report = self._reports[partner]
+        report = self.reports[partner]
         masked = mask_report(report, rng, self.tokenizer, self.graph, rate=MASK_RATE, guided=spec.guided)
         positions = np.flatnonzero(masked.target_mask)[: spec.max_masked_tokens]
         mlm_mask = np.arange(spec.max_masked_tokens) < len(positions)

@@ -63,10 +63,13 @@ def build_label_space(
     rank = {concept: index for index, concept in enumerate(graph.concepts)}
 
     def order(ids: Iterable[str]) -> tuple[str, ...]:
-        unknown = sorted({i for i in ids if i and i not in rank})
+        present = {i for i in ids if i}
+        unknown = sorted(present - rank.keys())
         if unknown:
-            raise ValueError(f"labels {unknown} are not in the knowledge graph; add them with a graph extension file")
-        return tuple(sorted({i for i in ids if i}, key=rank.__getitem__))
+            raise ValueError(
+                f"labels {unknown} are not in the knowledge graph; add them with a graph extension file"
+            )
+        return tuple(sorted(present, key=rank.__getitem__))
 
     organs = list(organs)
     counts = collections.Counter(concept for study in entities for concept in set(study))

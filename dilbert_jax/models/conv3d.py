@@ -26,9 +26,13 @@ def conv3d(x: Array, kernel: Array, strides: Sequence[int] = (1, 1, 1)) -> Array
       [B, T', H', W', O] with T' = ceil(T / stride), and so on.
     """
     if x.ndim != 5 or kernel.ndim != 5 or x.shape[-1] != kernel.shape[3]:
-        raise ValueError(f"conv3d needs x [B,T,H,W,C] and kernel [kT,kH,kW,C,O]; got {x.shape} and {kernel.shape}")
+        raise ValueError(
+            f"conv3d needs x [B,T,H,W,C] and kernel [kT,kH,kW,C,O]; got {x.shape} and {kernel.shape}"
+        )
     if any(size % 2 == 0 for size in kernel.shape[:3]):
-        raise ValueError(f"conv3d needs odd kernel sizes; got {kernel.shape[:3]} (a stem with stride = kernel: patchify)")
+        raise ValueError(
+            f"conv3d needs odd kernel sizes; got {kernel.shape[:3]} (a stem with stride = kernel: patchify)"
+        )
     padding = [((size - 1) // 2, (size - 1) // 2) for size in kernel.shape[:3]]
     if jax.default_backend() != "cpu":
         return lax.conv_general_dilated(
@@ -131,7 +135,9 @@ class VideoEncoder(nn.Module):
           [B, A, H', W', C].
         """
         if len(self.blocks) != len(self.channels) - 1:
-            raise ValueError(f"{len(self.channels)} channels need {len(self.channels) - 1} blocks; got {self.blocks}")
+            raise ValueError(
+                f"{len(self.channels)} channels need {len(self.channels) - 1} blocks; got {self.blocks}"
+            )
         valid = step_mask[:, :, None, None, None].astype(self.dtype)
         x = patchify(frames[..., None].astype(self.dtype), self.stem_patch)
         x = nn.Dense(self.channels[0], dtype=self.dtype, name="stem")(x)

@@ -90,7 +90,8 @@ class Dilbert(nn.Module):
         self.description_embedding = DescriptionEmbedding(c.hidden_size, c.max_steps, c.dropout, dtype)
         self.region_embedding = RegionEmbedding(c.hidden_size, c.dropout, dtype)
         self.layers = [
-            TangledBlock(c.hidden_size, c.num_heads, c.ffn_size, c.dropout, dtype) for _ in range(c.num_layers)
+            TangledBlock(c.hidden_size, c.num_heads, c.ffn_size, c.dropout, dtype)
+            for _ in range(c.num_layers)
         ]
         self.pool_entity = Pooler(c.hidden_size, dtype)
         self.pool_description = Pooler(c.hidden_size, dtype)

@@ -56,7 +56,9 @@ class DescriptionEmbedding(nn.Module):
         """features: [B, A, C] -> [B, A, D]."""
         steps = features.shape[1]
         if steps > self.max_steps:
-            raise ValueError(f"{steps} description tokens, but the model holds positions for {self.max_steps}")
+            raise ValueError(
+                f"{steps} description tokens, but the model holds positions for {self.max_steps}"
+            )
         init = nn.initializers.normal(0.02)
         position = self.param("position", init, (self.max_steps, self.hidden_size))
         x = nn.Dense(self.hidden_size, dtype=self.dtype, name="feature")(features)

@@ -73,7 +73,9 @@ class MatchHead(nn.Module):
         Returns:
           float32 logits: `frame` [B, E, A], `region` [B, E, R], `clip` [B, E].
         """
-        query = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="query_norm")(names.astype(self.dtype))
+        query = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="query_norm")(
+            names.astype(self.dtype)
+        )
         query = nn.Dense(self.hidden_size, dtype=self.dtype, name="query")(query)
         bias = self.param("bias", nn.initializers.constant(-2.0), ())
         scale = 1.0 / jnp.sqrt(jnp.float32(self.hidden_size))

@@ -77,6 +77,8 @@ class TangledBlock(nn.Module):
                 jnp.concatenate(mask, axis=1),
             )
             del weights
-            block = FeedForward(self.hidden_size, self.ffn_size, self.dropout, self.dtype, name=f"{stream}_ffn")
+            block = FeedForward(
+                self.hidden_size, self.ffn_size, self.dropout, self.dtype, name=f"{stream}_ffn"
+            )
             out[stream] = block(hidden[stream], context, deterministic)
         return out, cross_weights

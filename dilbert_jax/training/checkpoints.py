@@ -14,7 +14,9 @@ class StageCheckpoints:
 
     def __init__(self, workdir: pathlib.Path, stage: str, keep: int = 2):
         self.folder = (workdir / "checkpoints" / stage).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=False
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest_step(self) -> int | None:
@@ -33,7 +35,8 @@ class StageCheckpoints:
             raise FileNotFoundError(f"no checkpoint under {self.folder}; run the stage before it first")
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or device), like
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or device),
+            like,
         )
         return self._manager.restore(step, args=ocp.args.StandardRestore(target))
 

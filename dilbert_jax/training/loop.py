@@ -71,7 +71,9 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> None:
         params |= trained
 
 
-def network_params(experiment_context: Any, workdir: pathlib.Path, stage: str, network: str) -> tuple[Any, int]:
+def network_params(
+    experiment_context: Any, workdir: pathlib.Path, stage: str, network: str
+) -> tuple[Any, int]:
     """Restores one network's parameters at the end of a stage, and the step of the checkpoint."""
     checkpoints = StageCheckpoints(workdir, stage)
     shapes = jax.eval_shape(experiment_context.init_params, jax.random.key(0))
@@ -97,9 +99,13 @@ def _make_stage(name: str, experiment: Experiment, params: Mapping[str, Any]) ->
     # Every stage draws its own order and masks; networks start from their own seeds.
     seed = config.seed * 10 + STAGES.index(name)
     build = experiment.builder.annotation if name == "finetune" else experiment.builder.pretraining
-    batches = functools.partial(training_batches, build, experiment.indices["train"], train_config.batch_size, seed)
+    batches = functools.partial(
+        training_batches, build, experiment.indices["train"], train_config.batch_size, seed
+    )
 
-    rate = {"mutual": train_config.mutual_rate_scale, "finetune": train_config.finetune_rate_scale}.get(name, 1.0)
+    rate = {"mutual": train_config.mutual_rate_scale, "finetune": train_config.finetune_rate_scale}.get(
+        name, 1.0
+    )
     optimizer = OptimizerConfig(**config.optimizer)
     optimizer = dataclasses.replace(optimizer, learning_rate=optimizer.learning_rate * rate)
 
@@ -107,7 +113,11 @@ def _make_stage(name: str, experiment: Experiment, params: Mapping[str, Any]) ->
     frozen: Any
     if name in NETWORKS:
         start = {name: context.init_params(jax.random.key(seed))}
-        frozen = {"teacher": params["teacher"]} if name == "student" and not train_config.independent_student else {}
+        frozen = (
+            {"teacher": params["teacher"]}
+            if name == "student" and not train_config.independent_student
+            else {}
+        )
 
         def objective(p: Any, f: Any, b: Any, r: Any) -> Any:
             return steps.pretraining_objective(model, loss, p, f.get("teacher"), b, r)
@@ -173,7 +183,9 @@ def _run_stage(
             window.flush()
             checkpoints.save(int(state.step), state)
             checkpoints.close()
-            _log.info("stopped in stage %s at step %d; the same command continues here", stage.name, int(state.step))
+            _log.info(
+                "stopped in stage %s at step %d; the same command continues here", stage.name, int(state.step)
+            )
             raise
     validation = _validate(stage, experiment, state.params, rng)
     if validation:
@@ -273,7 +285,9 @@ def _validate(stage: Stage, experiment: Experiment, params: Any, rng: jax.Array)
     return {name: float(np.mean(values)) for name, values in totals.items()}
 
 
-def _full_batches(build: Any, indices: np.ndarray, size: int) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+def _full_batches(
+    build: Any, indices: np.ndarray, size: int
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
     """Evaluation batches without a padded last one (losses average over a batch)."""
     return evaluation_batches(build, indices[: len(indices) // size * size], size, seed=1)
 
@@ -284,7 +298,9 @@ def is_complete(workdir: pathlib.Path) -> bool:
 
 
 def mark_complete(workdir: pathlib.Path, seconds: float) -> None:
-    (workdir / "complete.json").write_text(json.dumps({"seconds_of_last_call": round(seconds, 1)}), encoding="utf-8")
+    (workdir / "complete.json").write_text(
+        json.dumps({"seconds_of_last_call": round(seconds, 1)}), encoding="utf-8"
+    )
 
 
 def describe_run(config: ml_collections.ConfigDict, experiment: Experiment) -> str:

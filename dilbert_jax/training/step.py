@@ -26,7 +26,16 @@ Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 TASKS = ("mlm", "mdc", "moc", "cmm")
 PEER = {"teacher": "student", "student": "teacher"}
-VISUAL = ("frames", "frame_mask", "boxes", "box_frames", "region_mask", "token_ids", "token_types", "token_mask")
+VISUAL = (
+    "frames",
+    "frame_mask",
+    "boxes",
+    "box_frames",
+    "region_mask",
+    "token_ids",
+    "token_types",
+    "token_mask",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +125,11 @@ def task_losses(logits: Mapping[str, Array], batch: Batch, masks: Mapping[str, A
 
 
 def soften(
-    logits: Mapping[str, Array], target: Mapping[str, Array], masks: Mapping[str, Array], temperature: float, square: bool
+    logits: Mapping[str, Array],
+    target: Mapping[str, Array],
+    masks: Mapping[str, Array],
+    temperature: float,
+    square: bool,
 ) -> Array:
     """Response terms (3) and (11): KL from `target`'s distribution, summed over the task heads (D18)."""
     total = jnp.float32(0.0)
@@ -169,7 +182,9 @@ def mutual_objective(
     masks = task_masks(batch, config.all_pairs)
     logits, vectors, anchors = {}, {}, {}
     for index, name in enumerate(("teacher", "student")):
-        logits[name], encoded = pretraining_forward(model, params[name], batch, jax.random.fold_in(rng, index))
+        logits[name], encoded = pretraining_forward(
+            model, params[name], batch, jax.random.fold_in(rng, index)
+        )
         vectors[name] = relational_vector(encoded, config.relational_layer)
         anchors[name], _ = pretraining_forward(model, frozen[name], batch, None)
     total, metrics = jnp.float32(0.0), {}
@@ -213,7 +228,12 @@ def annotation_forward(
 
 
 def annotation_objective(
-    model: Dilbert, params: Params, names: tuple[Array, Array], entity_of_region: Array, batch: Batch, rng: Array
+    model: Dilbert,
+    params: Params,
+    names: tuple[Array, Array],
+    entity_of_region: Array,
+    batch: Batch,
+    rng: Array,
 ) -> tuple[Array, Metrics]:
     """Stage 5: organ, condition, findings, and the match of entities with the clip and with labelled regions.
 
@@ -221,7 +241,9 @@ def annotation_objective(
       entity_of_region: int [num_region_classes]: the candidate entity of a region class, or -1.
     """
     total, metrics = jnp.float32(0.0), {}
-    region_entity = jnp.where(batch["region_labels"] >= 0, entity_of_region[batch["region_labels"]], -1)  # [B, R]
+    region_entity = jnp.where(
+        batch["region_labels"] >= 0, entity_of_region[batch["region_labels"]], -1
+    )  # [B, R]
     for index, (name, network) in enumerate(params.items()):
         logits, _ = annotation_forward(model, network, batch, names, jax.random.fold_in(rng, index))
         terms = {}
@@ -229,7 +251,9 @@ def annotation_objective(
             values = losses.cross_entropy(logits[head], jnp.maximum(batch[head], 0))
             terms[head] = losses.masked_mean(values, batch[head] >= 0)
         values = losses.binary_cross_entropy(logits["findings"], batch["findings"])
-        terms["findings"] = losses.masked_mean(values, jnp.broadcast_to(batch["findings_mask"][:, None], values.shape))
+        terms["findings"] = losses.masked_mean(
+            values, jnp.broadcast_to(batch["findings_mask"][:, None], values.shape)
+        )
         values = losses.binary_cross_entropy(logits["match"]["clip"], batch["entities"])
         terms["match"] = losses.masked_mean(values, batch["entities_mask"])
         # A labelled region belongs to its own entity rather than to any other.
@@ -257,7 +281,9 @@ def make_step(
 
     def step(state: TrainState, frozen: Any, batch: Batch, rng: Array) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(rng, state.step)
-        (loss, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(state.params, frozen, batch, rng)
+        (loss, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(
+            state.params, frozen, batch, rng
+        )
         finite = jnp.isfinite(loss)
         params, opt_state = {}, {}
         for name, gradient in gradients.items():

@@ -1,0 +1,174 @@
+"""The model: shapes, convolution and region pooling against plain references, padding invariance of every stream."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from tiny import CONFIG, NAMES, A, B, E, L, M, R, init_params, make_batch
+
+from dilbert_jax.config import MODEL_PRESETS
+from dilbert_jax.models import Dilbert
+from dilbert_jax.models.attention import attend
+from dilbert_jax.models.conv3d import conv3d, patchify
+from dilbert_jax.models.regions import pool_regions
+from dilbert_jax.training.step import VISUAL
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_params()
+
+
+def encode(params, batch, config=CONFIG, **changes):
+    """Encodes a batch deterministically and runs both sets of heads."""
+
+    def run(module, batch, changes):
+        encoded = module.encode(*(batch[name] for name in VISUAL), **changes)
+        return encoded, module.pretrain(encoded, batch["mlm_positions"]), module.annotate(encoded, *NAMES)
+
+    return jax.jit(nn.apply(run, Dilbert(config)))({"params": params}, batch, changes)
+
+
+@pytest.mark.parametrize("strides", [(1, 1, 1), (1, 2, 2), (2, 2, 2)])
+@pytest.mark.parametrize("kernel_size", [(3, 3, 3), (1, 3, 3), (3, 1, 1)])
+def test_conv3d_equals_the_general_convolution(strides, kernel_size):
+    x = jax.random.normal(jax.random.key(0), (2, 5, 7, 6, 3))
+    kernel = jax.random.normal(jax.random.key(1), (*kernel_size, 3, 4))
+    padding = [(k // 2, k // 2) for k in kernel_size]
+    numbers = ("NDHWC", "DHWIO", "NDHWC")
+
+    def reference(x, kernel):
+        return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
+
+    np.testing.assert_allclose(conv3d(x, kernel, strides), reference(x, kernel), atol=1e-4)
+    weight = jax.random.normal(jax.random.key(2), reference(x, kernel).shape)
+    ours = jax.grad(lambda x, k: (conv3d(x, k, strides) * weight).sum(), (0, 1))(x, kernel)
+    theirs = jax.grad(lambda x, k: (reference(x, k) * weight).sum(), (0, 1))(x, kernel)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)
+
+
+def test_conv3d_names_the_shapes_it_cannot_use():
+    with pytest.raises(ValueError, match=r"\(2, 5, 7, 6, 3\).*\(3, 3, 3, 2, 4\)"):
+        conv3d(jnp.zeros((2, 5, 7, 6, 3)), jnp.zeros((3, 3, 3, 2, 4)))
+    with pytest.raises(ValueError, match="odd kernel"):
+        conv3d(jnp.zeros((2, 5, 7, 6, 3)), jnp.zeros((2, 3, 3, 3, 4)))
+
+
+def test_patchify_keeps_each_block_together():
+    x = np.arange(2 * 4 * 4 * 4).reshape(2, 4, 4, 4, 1)
+    patches = patchify(jnp.asarray(x), (2, 2, 2))
+    assert patches.shape == (2, 2, 2, 2, 8)
+    np.testing.assert_array_equal(patches[1, 0, 1, 0], x[1, 0:2, 2:4, 0:2, 0].ravel())
+
+
+def test_region_pooling_averages_exactly_the_box():
+    features = np.random.default_rng(0).normal(size=(1, 3, 4, 4, 2))
+    boxes = np.asarray([[[0.25, 0.5, 0.75, 1.0], [0.125, 0.0, 0.375, 0.25]]])
+    pooled = pool_regions(jnp.asarray(features), jnp.asarray(boxes), jnp.asarray([[1.0, 0.5]]), bins=1)
+    np.testing.assert_allclose(pooled[0, 0], features[0, 1, 1:3, 2:4].mean((0, 1)), rtol=1e-5)
+    # Half of row 0 and half of row 1, halfway between steps 0 and 1.
+    expected = features[0, :2, 0:2, 0].mean((0, 1))
+    np.testing.assert_allclose(pooled[0, 1], expected, rtol=1e-5)
+
+
+def test_attention_ignores_masked_keys_and_survives_none():
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 3, 2, 4)) for i in range(3))
+    context, weights = attend(q, k, v, jnp.asarray([[True, False, True]]))
+    assert float(weights[..., 1].max()) == 0.0
+    np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-6)
+    context, weights = attend(q, k, v, jnp.zeros((1, 3), bool))
+    assert float(jnp.abs(context).max()) == 0.0 and bool(jnp.isfinite(weights).all())
+
+
+def test_shapes_of_all_heads(params):
+    encoded, tasks, annotation = encode(params, make_batch())
+    assert encoded.fused.shape == (B, CONFIG.hidden_size)
+    assert tasks["mlm"].shape == (B, M, 40)
+    assert tasks["mdc"].shape == (B, A, 5)
+    assert tasks["moc"].shape == (B, R, 4)
+    assert tasks["cmm"].shape == (B, 2)
+    assert annotation["organ"].shape == (B, 3)
+    assert annotation["match"]["region"].shape == (B, E, R)
+    assert annotation["match"]["frame"].shape == (B, E, A)
+    assert encoded.cross_weights["entity"].shape == (B, 2, A, L)
+
+
+def assert_same(first, second, tolerance=2e-5):
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance)
+
+
+def test_padded_tokens_change_nothing(params):
+    batch = make_batch()
+    batch["token_mask"][:, -3:] = False
+    batch["mlm_positions"] = np.minimum(batch["mlm_positions"], L - 4)
+    _, tasks, annotation = encode(params, batch)
+    batch["token_ids"][:, -3:] = 7
+    batch["token_types"][:, -3:] = 2
+    _, other_tasks, other_annotation = encode(params, batch)
+    assert_same((tasks, annotation), (other_tasks, other_annotation))
+
+
+def test_padded_regions_change_nothing(params):
+    batch = make_batch()
+    batch["region_mask"][:, -2:] = False
+    _, tasks, annotation = encode(params, batch)
+    batch["boxes"][:, -2:] = [0.1, 0.1, 0.9, 0.9]
+    _, other_tasks, other_annotation = encode(params, batch)
+    for t in (tasks, other_tasks):
+        t["moc"] = t["moc"][:, :-2]
+    for a in (annotation, other_annotation):
+        a["match"]["region"] = a["match"]["region"][..., :-2]
+    assert_same((tasks, annotation), (other_tasks, other_annotation))
+
+
+def test_appended_frames_change_nothing(params):
+    short = make_batch()
+    long = dict(short)
+    noise = np.random.default_rng(5).integers(0, 256, (B, 4, 16, 16)).astype(np.uint8)
+    long["frames"] = np.concatenate([short["frames"], noise], axis=1)
+    long["frame_mask"] = np.concatenate([short["frame_mask"], np.zeros((B, 4), bool)], axis=1)
+    _, tasks, annotation = encode(params, short)
+    _, other_tasks, other_annotation = encode(params, long)
+    other_tasks["mdc"] = other_tasks["mdc"][:, :A]
+    other_annotation["match"]["frame"] = other_annotation["match"]["frame"][..., :A]
+    assert_same((tasks, annotation), (other_tasks, other_annotation))
+
+
+def test_zeroed_description_hides_the_frames_from_its_own_token(params):
+    batch = make_batch()
+    batch["region_mask"][:] = False
+    zeroed = jnp.ones((B, A), bool)
+    _, tasks, _ = encode(params, batch, description_zeroed=zeroed)
+    batch["frames"] = make_batch(seed=9)["frames"]
+    _, other, _ = encode(params, batch, description_zeroed=zeroed)
+    assert_same(tasks["mdc"], other["mdc"])
+    _, seen, _ = encode(params, batch)
+    assert float(jnp.abs(seen["mdc"] - other["mdc"]).max()) > 1e-3
+
+
+def test_frame_order_matters(params):
+    batch = make_batch()
+    encoded, _, _ = encode(params, batch)
+    batch["frames"] = batch["frames"][:, ::-1]
+    reversed_, _, _ = encode(params, batch)
+    assert float(jnp.abs(encoded.fused - reversed_.fused).max()) > 1e-4
+
+
+@pytest.mark.parametrize("preset", sorted(MODEL_PRESETS))
+def test_every_preset_builds(preset):
+    fields = {**MODEL_PRESETS[preset], "stem_patch": (2, 4, 4), "max_tokens": L, "dropout": 0.1}
+    config = dataclasses.replace(CONFIG, **fields)
+    batch = {k: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype) for k, v in make_batch().items()}
+    batch["frames"] = jax.ShapeDtypeStruct((1, 4, 64, 64), np.uint8)
+    model = Dilbert(config)
+    shapes = jax.eval_shape(
+        model.init, jax.random.key(0), *(batch[name] for name in VISUAL), batch["mlm_positions"], *NAMES
+    )
+    count = sum(x.size for x in jax.tree.leaves(shapes))
+    assert count > {"tiny": 1e5, "small": 1e6, "medium": 5e6, "base": 1.5e8}[preset]

@@ -1,0 +1,188 @@
+"""The training steps: masks, terms, who learns from whom, overfitting a tiny batch, non-finite losses."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import CONFIG, NAMES, init_params, make_batch, to_device
+
+from dilbert_jax.models import Dilbert
+from dilbert_jax.training import step as steps
+from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+
+MODEL = Dilbert(dataclasses.replace(CONFIG, dropout=0.0))
+LOSS = steps.LossConfig()
+RNG = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def networks():
+    return {"teacher": init_params(1), "student": init_params(2)}
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return {"teacher": init_params(3), "student": init_params(4)}
+
+
+def mutual(networks, frozen, batch, config=LOSS):
+    """The mutual objective, jitted: running it op by op would compile every op."""
+    return jax.jit(functools.partial(steps.mutual_objective, MODEL, config))(networks, frozen, batch, RNG)
+
+
+def largest(tree) -> float:
+    return max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))
+
+
+def test_mismatched_pairs_count_for_matching_only(networks):
+    batch = to_device(make_batch())
+    masks = steps.task_masks(batch)
+    assert not bool(masks["mlm"][1::2].any() | masks["mdc"][1::2].any() | masks["moc"][1::2].any())
+    assert bool(masks["cmm"].all())
+    assert bool(steps.task_masks(batch, all_pairs=True)["mlm"][1::2].all())
+
+
+def test_a_batch_without_valid_positions_costs_exactly_nothing(networks):
+    batch = make_batch()
+    batch["matched"][:] = False
+    batch["cmm_mask"][:] = False
+    batch = to_device(batch)
+
+    def loss(params):
+        return steps.pretraining_objective(MODEL, LOSS, {"teacher": params}, None, batch, RNG)[0]
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(networks["teacher"])
+    assert float(value) == 0.0
+    assert largest(gradient) == 0.0
+
+
+def test_mutual_loss_is_equation_13(networks, frozen):
+    batch = to_device(make_batch())
+    config = dataclasses.replace(LOSS, alpha=0.3, beta=0.7, gamma=0.9, beta1=3.0, beta2=0.5)
+    total, terms = mutual(networks, frozen, batch, config)
+    for name in ("teacher", "student"):
+        t = {
+            key: float(terms[f"{name}/{key}"])
+            for key in (*steps.TASKS, "distance", "angle", "response", "self")
+        }
+        supervised = sum(t[task] for task in steps.TASKS)
+        learned = t["distance"] + 3.0 * t["angle"] + 0.5 * t["response"]
+        expected = 0.3 * supervised + 0.7 * learned + 0.9 * t["self"]
+        np.testing.assert_allclose(float(terms[f"{name}/loss"]), expected, rtol=1e-5)
+        assert min(t["response"], t["self"], t["angle"], t["distance"]) > 0
+    np.testing.assert_allclose(float(terms["teacher/angle"]), float(terms["student/angle"]), rtol=1e-5)
+    np.testing.assert_allclose(float(total), float(terms["teacher/loss"] + terms["student/loss"]), rtol=1e-6)
+
+
+def test_a_network_equal_to_its_snapshot_has_no_self_distillation(networks):
+    batch = to_device(make_batch())
+    _, terms = mutual(networks, networks, batch)
+    assert abs(float(terms["teacher/self"])) < 1e-6
+
+
+def test_no_gradient_flows_into_the_peer_or_the_snapshots(networks, frozen):
+    batch = to_device(make_batch())
+
+    def one_loss(name, params, snapshots):
+        return steps.mutual_objective(MODEL, LOSS, params, snapshots, batch, RNG)[1][f"{name}/loss"]
+
+    for name, peer in steps.PEER.items():
+        gradient = jax.jit(jax.grad(functools.partial(one_loss, name), (0, 1)))
+        to_networks, to_snapshots = gradient(networks, frozen)
+        assert largest(to_networks[name]) > 1e-4
+        assert largest(to_networks[peer]) == 0.0
+        assert largest(to_snapshots) == 0.0
+
+
+def test_soft_labels_pull_the_student_only(networks):
+    batch = to_device(make_batch())
+
+    def loss(params, teacher):
+        return steps.pretraining_objective(MODEL, LOSS, {"student": params}, teacher, batch, RNG)[0]
+
+    to_student, to_teacher = jax.jit(jax.grad(loss, (0, 1)))(networks["student"], networks["teacher"])
+    assert largest(to_student) > 0 and largest(to_teacher) == 0.0
+
+
+@pytest.mark.parametrize("layer", ["fused", "description", "entity", "region"])
+def test_relational_layer_is_a_choice(networks, frozen, layer):
+    batch = to_device(make_batch())
+    config = dataclasses.replace(LOSS, relational_layer=layer)
+    _, terms = mutual(networks, frozen, batch, config)
+    assert float(terms["student/distance"]) > 0
+
+
+def test_an_unknown_relational_layer_is_refused(networks, frozen):
+    config = dataclasses.replace(LOSS, relational_layer="pooled")
+    with pytest.raises(ValueError, match=r"relational_layer is 'pooled'"):
+        mutual(networks, frozen, to_device(make_batch()), config)
+
+
+def run_steps(objective, params, frozen, batch, count, learning_rate=3e-3):
+    optimizer = make_optimizer(OptimizerConfig("adamw", learning_rate, warmup_fraction=0.05), count)
+    state = steps.TrainState.create(jax.tree.map(jnp.array, params), optimizer)
+    update = steps.make_step(objective, optimizer)
+    losses = []
+    for _ in range(count):
+        state, metrics = update(state, frozen, batch, RNG)
+        losses.append(float(metrics["loss"]))
+    assert update._cache_size() == 1
+    return state, losses
+
+
+def test_both_networks_overfit_a_tiny_batch_in_the_mutual_stage(networks, frozen):
+    batch = to_device(make_batch())
+    config = dataclasses.replace(LOSS, alpha=1.0, beta=0.1, gamma=0.0)
+    objective = functools.partial(steps.mutual_objective, MODEL, config)
+    _, losses = run_steps(objective, networks, frozen, batch, 80)
+    assert losses[-1] < 0.25 * losses[0]
+
+
+def test_annotation_overfits_a_tiny_batch(networks):
+    batch = make_batch()
+    batch |= {name: batch[name][:, :2] for name in ("token_ids", "token_types", "token_mask")}
+    names = tuple(map(jnp.asarray, NAMES))
+
+    def objective(params, frozen, b, rng):
+        return steps.annotation_objective(MODEL, params, names, jnp.asarray([0, 1, -1, 2]), b, rng)
+
+    state, losses = run_steps(objective, networks, {}, to_device(batch), 80)
+    assert losses[-1] < 0.35 * losses[0]
+    forward = jax.jit(lambda p, b: steps.annotation_forward(MODEL, p, b, names, None)[0])
+    logits = forward(state.params["student"], to_device(batch))
+    np.testing.assert_array_equal(np.argmax(logits["organ"], -1), batch["organ"])
+
+
+def test_a_non_finite_loss_leaves_the_state_as_it_was(networks):
+    batch = make_batch()
+    optimizer = make_optimizer(OptimizerConfig("sgd", 0.24), 10)
+    params = {"teacher": networks["teacher"]}
+    state = steps.TrainState.create(jax.tree.map(jnp.array, params), optimizer)
+
+    def objective(p, frozen, b, rng):
+        loss, metrics = steps.pretraining_objective(MODEL, LOSS, p, None, b, rng)
+        return loss * b["scale"], metrics | {"teacher/loss": loss * b["scale"]}
+
+    update = steps.make_step(objective, optimizer)
+    state, metrics = update(state, {}, to_device(batch) | {"scale": jnp.float32(np.nan)}, RNG)
+    assert not np.isfinite(float(metrics["loss"])) and int(state.step) == 0
+    for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_array_equal(before, after)
+    state, metrics = update(state, {}, to_device(batch) | {"scale": jnp.float32(1.0)}, RNG)
+    assert int(state.step) == 1
+
+
+def test_schedule_warms_up_and_ends_at_zero():
+    schedule = make_schedule(OptimizerConfig("sgd", 0.24, warmup_fraction=0.1), 100)
+    assert float(schedule(0)) == 0.0
+    np.testing.assert_allclose(float(schedule(10)), 0.24, rtol=1e-6)
+    assert float(schedule(50)) < 0.24
+    np.testing.assert_allclose(float(schedule(100)), 0.0, atol=1e-8)
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(ValueError, match=r"optimizer.name is 'lamb'"):
+        make_optimizer(OptimizerConfig("lamb"), 10)

@@ -1,0 +1,98 @@
+"""A tiny model, batch and data set that several tests share."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dilbert_jax.config import default_config
+from dilbert_jax.models import Dilbert, DilbertConfig
+from dilbert_jax.training.step import VISUAL
+
+B, T, S, A, R, L, M, F, C, E = 4, 4, 16, 2, 5, 12, 2, 3, 5, 6
+
+CONFIG = DilbertConfig(
+    vocab_size=40, num_organs=3, num_conditions=2, num_findings=F, num_classes=C, num_region_classes=4,
+    hidden_size=16, num_layers=2, num_heads=2, ffn_size=32, dropout=0.1, max_tokens=L, max_steps=8,
+    channels=(8, 16), blocks=(1,), stem_patch=(2, 4, 4),
+)  # fmt: skip
+
+
+def make_batch(seed: int = 0, batch_size: int = B) -> dict[str, np.ndarray]:
+    """A random batch of valid shapes; everything is valid unless a test says otherwise."""
+    rng, n = np.random.default_rng(seed), batch_size
+    low = rng.uniform(0, 0.5, (n, R, 2))
+    return {
+        "frames": rng.integers(0, 256, (n, T, S, S)).astype(np.uint8),
+        "frame_mask": np.ones((n, T), bool),
+        "boxes": np.concatenate([low, low + rng.uniform(0.2, 0.5, (n, R, 2))], -1).astype(np.float32),
+        "box_frames": rng.integers(0, T, (n, R)).astype(np.int32),
+        "region_mask": np.ones((n, R), bool),
+        "region_labels": rng.integers(0, 4, (n, R)).astype(np.int32),
+        "region_target": rng.random((n, R)) < 0.5,
+        "region_zeroed": rng.random((n, R)) < 0.3,
+        "token_ids": rng.integers(5, 40, (n, L)).astype(np.int32),
+        "token_types": rng.integers(0, 6, (n, L)).astype(np.int32),
+        "token_mask": np.ones((n, L), bool),
+        "mlm_positions": rng.integers(1, L - 1, (n, M)).astype(np.int32),
+        "mlm_targets": rng.integers(5, 40, (n, M)).astype(np.int32),
+        "mlm_mask": np.ones((n, M), bool),
+        "matched": np.arange(n) % 2 == 0,
+        "cmm_mask": np.ones(n, bool),
+        "description_target": np.tile([True, False], (n, A // 2)),
+        "description_zeroed": np.tile([True, False], (n, A // 2)),
+        "organ": rng.integers(0, 3, n).astype(np.int32),
+        "condition": rng.integers(0, 2, n).astype(np.int32),
+        "findings": rng.random((n, F)) < 0.4,
+        "findings_mask": np.ones(n, bool),
+        "classes": rng.random((n, C)) < 0.4,
+        "classes_mask": np.ones(n, bool),
+        "entities": rng.random((n, E)) < 0.4,
+        "entities_mask": np.ones((n, E), bool),
+    }
+
+
+NAMES = (np.arange(E * 3).reshape(E, 3).astype(np.int32), np.ones((E, 3), bool))
+
+
+def init_params(seed: int = 0, config: DilbertConfig = CONFIG):
+    batch = make_batch(batch_size=1)
+    arguments = [batch[name] for name in VISUAL]
+    return _init(config)(jax.random.key(seed), *arguments, batch["mlm_positions"], *NAMES)["params"]
+
+
+@functools.cache
+def _init(config: DilbertConfig):
+    return jax.jit(Dilbert(config).init)
+
+
+def to_device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(value) for name, value in batch.items()}
+
+
+def tiny_run_config(**data):
+    """A configuration that trains all stages on a handful of phantom clips in seconds."""
+    config = default_config("tiny")
+    config.data.update(
+        size=32,
+        num_frames=4,
+        stored_frames=8,
+        grid_scales=(1, 2),
+        grid_steps=1,
+        max_tokens=32,
+        vocab_size=700,
+        **data,
+    )
+    config.train.update(
+        batch_size=8,
+        teacher_epochs=2.0,
+        student_epochs=2.0,
+        mutual_epochs=1.0,
+        finetune_epochs=2.0,
+        log_every_steps=2,
+    )
+    config.evaluate.update(mask_repeats=1, num_resamples=100, num_examples=2)
+    return config
