@@ -13,6 +13,7 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image, ImageDraw, ImageFont
+from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_color_lut
@@ -27,7 +28,7 @@ from pydicom.uid import (
 )
 
 from dilbert_jax.media import Clip, MediaError, clip, dicom, find_media, read_clip, read_stills
-from dilbert_jax.media.codestream import read_frame_size
+from dilbert_jax.media.codestream import count_precincts, read_frame_size
 
 PATIENT = "Doe^Jane"
 
@@ -579,6 +580,28 @@ def _wide_jpeg2000():
     return bytes(data)
 
 
+def _endless_jp2():
+    """A JP2 file with a box of length 0 before its code stream; a walk over the boxes never gets past it."""
+    data = encode(make_gray(1, 24, 40)[0], "JPEG2000")
+    at = data.index(b"jp2c") - 4
+    return data[:at] + b"\0\0\0\0uuid" + data[at:]
+
+
+def _damaged_jp2_sample():
+    """A file that pydicom ships, a byte changed: its last box before the code stream ends on zeros."""
+    data = bytearray(Path(get_testdata_file("GDCMJ2K_TextGBR.dcm", download=False)).read_bytes())
+    assert data[2408:2416] == b"\0\0\0\x1cuuid"
+    data[2411] = 0x35
+    return bytes(data)
+
+
+def _tiny_precincts(side=1024):
+    data = bytearray(encode(make_gray(1, side, side)[0], "JPEG2000", no_jp2=True, precinct_size=(64, 64)))
+    at = data.index(b"\xff\x52") + 14
+    data[at : at + 6] = bytes(6)
+    return bytes(data)
+
+
 def _deep_dicom():
     item = b"\xfe\xff\x00\xe0\xff\xff\xff\xff"
     nested = (b"\x08\x00\x40\x11SQ\x00\x00\xff\xff\xff\xff" + item) * 20_000
@@ -628,6 +651,15 @@ BROKEN = {
     "bomb_j2k.dcm": (
         lambda: _encapsulated([_wide_jpeg2000()], JPEG2000Lossless),
         "encoded with 60000 x 60000",
+    ),
+    "endless_j2k.dcm": (
+        lambda: _encapsulated([_endless_jp2()], JPEG2000Lossless),
+        "frame 0 holds no JPEG or JPEG 2000 image",
+    ),
+    "endless_j2k_sample.dcm": (_damaged_jp2_sample, "frame 0 holds no JPEG or JPEG 2000 image"),
+    "precincts_j2k.dcm": (
+        lambda: _encapsulated([_tiny_precincts()], JPEG2000Lossless, Rows=1024, Columns=1024),
+        "frame 0 is divided into about 1[0-9]{6} JPEG 2000 precincts; the limit is 262144",
     ),
     "bomb_rle.dcm": (lambda: _encapsulated([b"\0" * 9000], RLELossless), "more RLE data"),
     "truncated_jpeg.dcm": (lambda: _encapsulated([JPEG_FRAME])[:-200], "DICOM"),
@@ -795,6 +827,35 @@ def test_frame_sizes_of_code_streams():
     assert read_frame_size(encode(frame, "JPEG", progressive=True)) == (24, 40)
     assert read_frame_size(encode(frame, "JPEG2000")) == (24, 40)
     assert read_frame_size(encode(frame, "PNG")) is None and read_frame_size(b"\xff\xd8\xff") is None
+    # A size in a box before the code stream is not the size that a decoder will see.
+    wrapped = encode(frame, "JPEG2000")
+    at = wrapped.index(b"jp2c") - 4
+    decoy = b"\0\0\0\x24uuid\xff\x4f\xff\x51" + (1).to_bytes(4, "big") * 6
+    assert read_frame_size(wrapped[:at] + decoy + wrapped[at:]) == (24, 40)
+    assert read_frame_size(b"junk" + encode(frame, "JPEG2000", no_jp2=True)) is None
+
+
+def test_precincts_are_counted_in_every_header_that_sets_them():
+    frame = make_gray(1, 256, 512)[0]
+    plain = encode(frame, "JPEG2000", no_jp2=True)
+    assert count_precincts(plain) == 0 and count_precincts(encode(frame, "JPEG")) == 0
+    sized = encode(frame, "JPEG2000", no_jp2=True, precinct_size=(64, 64))
+    # The finest resolution takes 4 x 8 precincts of 64 pixels, coarser ones as many or fewer.
+    assert 32 <= count_precincts(sized) <= 6 * 5 * 9
+    at = sized.index(b"\xff\x52") + 14
+    small = sized[:at] + bytes(6) + sized[at + 6 :]
+    assert count_precincts(small) >= 256 * 512
+    # The same coding style as a COC of the first component, and in the header of the first tile part.
+    style = small[at - 10 : at + 6]
+    for marker, segment in ((b"\xff\x53", b"\0\1" + style[5:]), (b"\xff\x52", style)):
+        setting = marker + (len(segment) + 2).to_bytes(2, "big") + segment
+        sot = plain.index(b"\xff\x90")
+        for place in (sot, sot + 12):
+            assert count_precincts(plain[:place] + setting + plain[place:]) >= 256 * 512
+
+
+def test_code_stream_in_a_jp2_file_reads():
+    assert read_raw(get_testdata_file("GDCMJ2K_TextGBR.dcm", download=False)).frames.shape == (1, 400, 400)
 
 
 def test_frame_rate_of_fractions(tmp_path):

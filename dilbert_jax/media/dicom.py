@@ -19,7 +19,7 @@ from dilbert_jax.media.clip import (
     luma,
     select_frames,
 )
-from dilbert_jax.media.codestream import read_frame_size
+from dilbert_jax.media.codestream import count_precincts, read_frame_size
 
 # Only these are ever read: what identifies the patient stays in the file.
 _HEADER_TAGS = [
@@ -57,6 +57,7 @@ _NATIVE = (
     uid.ExplicitVRBigEndian,
     uid.DeflatedExplicitVRLittleEndian,
 )
+_MAX_PRECINCTS = 2**18  # writers use one a resolution, or some thousands
 # Of a side. Scanners overshoot by a pixel or two, cropped exports on one axis, resized ones on both.
 _REGION_TOLERANCE = 0.02
 
@@ -234,6 +235,12 @@ def _count_encoded_frames(
                 path,
                 f"frame {count} is encoded with {size[0]} x {size[1]} pixels and the header says "
                 f"{rows} x {columns}",
+            )
+        elif (precincts := count_precincts(encoded)) > _MAX_PRECINCTS:
+            raise MediaError(
+                path,
+                f"frame {count} is divided into about {precincts} JPEG 2000 precincts; the limit is "
+                f"{_MAX_PRECINCTS}: write it with larger precincts",
             )
         count += 1
     return count
