@@ -6,8 +6,11 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from dilbert_jax.data.phantom import reports
+from dilbert_jax.data.phantom.plan import CONDITIONS, draw_plan
 from dilbert_jax.knowledge import extract_entities, load_graph
 
 P, U, A = "present", "uncertain", "absent"
@@ -51,6 +54,9 @@ ENGLISH = [
     ("B-line without reverberation (white lung)", [("b_lines", P), ("reverberation", A), ("white_lung", P)]),
     ("The nodule is avascular", [("nodule", P), ("vascularity", A)]),
     ("Loss of lung sliding", [("reduced_sliding", P)]),
+    ("Free sliding of the liver, no reduced sliding", [("sliding", P), ("liver", P), ("reduced_sliding", A)]),
+    ("Organ sliding is restricted.", [("reduced_sliding", P)]),
+    ("The stone does not move with position", [("stone", P), ("positional_mobility", A)]),
     ("normal in size, not enlarged", [("normal_size", P), ("normal_size", P)]),
     ("no acoustic\nshadowing", [("posterior_shadowing", A)]),
     ("no mass\nCyst of the liver", [("mass", A), ("cyst", P), ("liver", P)]),
@@ -89,6 +95,13 @@ CHINESE = [
     ("胸腔积液未见", [("effusion", A)]),
     ("脾不大，未见积水", [("spleen", P), ("enlarged", A), ("hydronephrosis", A)]),
     ("未见肿大淋巴结", [("lymphadenopathy", A)]),
+    ("随呼吸滑动减弱，余滑动良好", [("reduced_sliding", P), ("sliding", P)]),
+    ("滑动征减弱；肝滑动受限", [("reduced_sliding", P), ("liver", P), ("reduced_sliding", P)]),
+    ("滑动征存在，脏器间滑动可见", [("sliding", P), ("sliding", P)]),
+    ("未见滑动。滑动征未见减弱", [("sliding", A), ("sliding", P)]),
+    ("结石不随体位改变移动", [("stone", P), ("positional_mobility", A)]),
+    ("结石随体位改变而移动", [("stone", P), ("positional_mobility", P)]),
+    ("肿块不随呼吸移动", [("mass", P), ("respiratory_motion", A)]),
     ("纵横比>1，Ｂ线", [("taller_than_wide", P), ("b_lines", P)]),
 ]
 
@@ -130,6 +143,32 @@ def test_empty_text_and_unknown_language(graph):
     assert extract_entities("", "zh", graph) == []
     with pytest.raises(ValueError, match="language is 'fr'"):
         extract_entities("masse", "fr", graph)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_phantom_reports_name_what_was_drawn_and_deny_what_was_not(graph, monkeypatch, language):
+    monkeypatch.setattr(reports, "OMISSION", 0.0)
+    rng = np.random.default_rng(1)
+    told = {"sliding", "reduced_sliding", "pulsation", "free_fluid", "wall_thickening", "duct_dilatation"}
+    told |= {"calcification", "posterior_enhancement", "posterior_shadowing", "heterogeneous"}
+    told |= {"mass", "nodule"}
+    drawn, denied = set(), set()
+    for organ, conditions in CONDITIONS.items():
+        for condition in conditions:
+            for _ in range(25):
+                plan = draw_plan(organ, condition, language, 15.0, rng)
+                text = reports.write_report(plan, rng)
+                found = statuses(text, language, graph)
+                present = {concept for concept, status in found if status == P}
+                named = {concept for concept, status in found if status != A}
+                assert set(plan.findings) <= present, text
+                assert present & told <= set(plan.findings), text
+                assert {organ, condition} <= named, text
+                drawn |= set(plan.findings)
+                denied |= {concept for concept, status in found if status == A}
+    assert told <= drawn
+    assert {"mass", "nodule", "calcification", "free_fluid", "pulsation", "wall_thickening"} <= denied
+    assert {"duct_dilatation", "stone"} <= denied
 
 
 def _data_folder(name):

@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from dilbert_jax.data.phantom.plan import CONDITIONS, draw_plan
 from dilbert_jax.knowledge import CONCEPT_TYPES, RELATION_TYPES, load_graph
 from dilbert_jax.knowledge.graph import SCHEMA, fold
 
@@ -79,11 +81,30 @@ def test_every_relation_type_occurs(graph):
         ("lung", "covid19", True),
         ("thyroid", "covid19", False),
         ("heart", "pulsation", True),
+        ("gallbladder", "pulsation", True),
+        ("breast", "sliding", True),
+        ("thyroid", "reduced_sliding", True),
+        ("heart", "sliding", False),
+        ("gallbladder", "diffuse_disease", False),
         ("liver", "carotid_artery", False),
     ],
 )
 def test_allows(graph, organ, concept, expected):
     assert graph.allows(organ, concept) is expected
+
+
+def test_allows_whatever_the_phantom_draws(graph):
+    findings = {organ: {"calcification"} for organ in CONDITIONS}
+    rng = np.random.default_rng(0)
+    for organ, conditions in CONDITIONS.items():
+        for condition in conditions:
+            assert graph.allows(organ, condition), (organ, condition)
+            for _ in range(150):
+                findings[organ] |= set(draw_plan(organ, condition, "en", 15.0, rng).findings)
+    assert {"sliding", "reduced_sliding", "pulsation", "hyperechoic"} <= findings["gallbladder"]
+    for organ, concepts in findings.items():
+        for concept in concepts:
+            assert graph.allows(organ, concept), (organ, concept)
 
 
 def test_every_concept_can_occur_in_some_organ(graph):
