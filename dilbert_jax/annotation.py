@@ -1,4 +1,4 @@
-"""From a clip to an annotation: run the network on the clip alone, match entities with places, compose the text."""
+"""From a clip to an annotation: run the network on it, match entities with places, compose the text."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def compose(
 
     organ = _ranked(labels.organs, prediction["organ"], names)
     condition = _ranked(labels.conditions, prediction["condition"], names)
-    findings = []
+    findings: list[dict[str, Any]] = []
     for concept, probability in zip(labels.findings, prediction["findings"], strict=True):
         threshold = thresholds.finding(concept)
         findings.append(
@@ -208,7 +208,7 @@ def compose(
 
 
 def write_description(context: ModelContext, annotation: Mapping[str, Any]) -> dict[str, str]:
-    """Composes the text from what the graph allows in the organ and what the clip supports, in both languages."""
+    """Composes the text, in both languages, from what the graph allows in the organ and the clip supports."""
     graph = context.graph
     organ = annotation["organ"]["id"] if annotation["organ"] else ""
     condition = annotation["condition"]["id"] if annotation["condition"] else ""

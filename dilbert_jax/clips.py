@@ -50,7 +50,7 @@ def place_on_canvas(frames: np.ndarray, size: int) -> tuple[np.ndarray, Placemen
 
 
 def find_sector(canvas: np.ndarray, threshold: int = 8) -> tuple[float, float, float, float]:
-    """Bounding box (ymin, xmin, ymax, xmax) in [0, 1] of the pixels that light up in any frame of [T, S, S]."""
+    """Box (ymin, xmin, ymax, xmax) in [0, 1] around the pixels that light up in any frame of [T, S, S]."""
     lit = canvas.max(axis=0) > threshold
     rows, columns = np.flatnonzero(lit.any(1)), np.flatnonzero(lit.any(0))
     if not len(rows):
@@ -116,7 +116,7 @@ def open_clip_store(
     """Opens the store for this data set and resolution, building it first when it is not there.
 
     Args:
-      examples: (split, TFDS example with frames still encoded), in a fixed order; consumed only when building.
+      examples: (split, TFDS example with frames still encoded), in a fixed order; read only when building.
       decode: encoded frame -> uint8 [H, W].
       folder: where stores are kept, next to the prepared data set.
       fingerprint: identifies the prepared data.
@@ -176,6 +176,7 @@ def _convert(
             frames.append(nearest)
             boxes.append(tuple(placement.to_canvas(np.asarray(box, np.float64)).tolist()))
             labels.append(label.decode())
+    ymin, xmin, ymax, xmax = map(float, find_sector(canvas))
     study = Study(
         study_id=example["study_id"].decode(),
         group_id=example["group_id"].decode(),
@@ -190,7 +191,7 @@ def _convert(
         region_frames=tuple(frames),
         region_boxes=tuple(boxes),
         region_labels=tuple(labels),
-        sector=tuple(map(float, find_sector(canvas))),
+        sector=(ymin, xmin, ymax, xmax),
     )
     return canvas, study
 

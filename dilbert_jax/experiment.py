@@ -90,7 +90,9 @@ def make_context(
         guided=data.guided_masking,
         augment=data.augment,
     )
-    fields = {name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in config.model.items()}
+    fields: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in config.model.items()
+    }
     model = Dilbert(
         DilbertConfig(
             vocab_size=tokenizer.vocab_size,
@@ -193,7 +195,7 @@ def open_experiment(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
 
 
 def check_same_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Raises `ValueError`, naming every differing field, when the workdir holds a run with another configuration."""
+    """Raises `ValueError`, naming every differing field, when the workdir's run has another configuration."""
     old = load_config(workdir / "config.json").to_dict()
     old, new = json.loads(json.dumps(old)), json.loads(json.dumps(config.to_dict()))
     differences = []
@@ -211,7 +213,7 @@ def check_same_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) 
 
 
 def _split(store: ClipStore, data: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
-    """Indices of train, validation and test studies: the set's own splits, or one fold of k, both by group."""
+    """Indices of train, validation and test studies: the set's own splits or one fold of k, both by group."""
     studies = store.studies
     if data.folds:
         folds = splits.k_folds(

@@ -1,4 +1,4 @@
-"""From stored clips to batches: frame sampling, augmentation, regions, corruption for the four tasks, Grain."""
+"""From stored clips to batches: frames, augmentation, regions, corruption for the four tasks, Grain."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class ExampleBuilder:
         self._has_report = np.asarray([bool(s.report.strip()) for s in store.studies])
         self._targets = [self._clip_targets(s) for s in store.studies]
 
-    # -- labels ------------------------------------------------------------------------------------------------
+    # -- labels ----------------------------------------------------------------------------------------------
 
     def _clip_targets(self, study: Study) -> Example:
         """Labels of the whole clip; -1 and False masks stand for unknown."""
@@ -94,8 +94,8 @@ class ExampleBuilder:
         known_findings = bool(study.findings or study.condition)
         held = set(study.findings) | {study.condition}
         return {
-            "organ": np.int32(self._organ.get(study.organ, -1)),
-            "condition": np.int32(self._condition.get(study.condition, -1)),
+            "organ": np.asarray(self._organ.get(study.organ, -1), np.int32),
+            "condition": np.asarray(self._condition.get(study.condition, -1), np.int32),
             "findings": np.asarray([f in study.findings for f in labels.findings], bool),
             "findings_mask": np.asarray(known_findings and bool(labels.findings)),
             "classes": np.asarray([c in held for c in labels.classes], bool),
@@ -108,7 +108,7 @@ class ExampleBuilder:
         """Labels of the whole clip: organ, condition, findings, classes, entities, and which are known."""
         return self._targets[index]
 
-    # -- frames ------------------------------------------------------------------------------------------------
+    # -- frames ----------------------------------------------------------------------------------------------
 
     def _sample_frames(self, available: int, rng: np.random.Generator | None) -> np.ndarray:
         """Which stored frames to use: evenly spaced; in training at a random offset and stretch."""
@@ -119,7 +119,7 @@ class ExampleBuilder:
         start = rng.uniform(0.0, available - span)
         return np.minimum((start + (np.arange(wanted) + 0.5) * span / wanted).astype(np.int64), available - 1)
 
-    # -- regions -----------------------------------------------------------------------------------------------
+    # -- regions ---------------------------------------------------------------------------------------------
 
     def _label_grid(
         self,
@@ -129,7 +129,7 @@ class ExampleBuilder:
         box_frames: np.ndarray,
         labels: np.ndarray,
     ) -> np.ndarray:
-        """Label of the annotated box that each grid box overlaps most (IoU >= 0.3) in the nearest annotated frame."""
+        """Label of the box that each grid box overlaps most (IoU >= 0.3) in the nearest annotated frame."""
         out = np.full(len(grid), -1, np.int32)
         if not len(boxes):
             return out
@@ -141,7 +141,7 @@ class ExampleBuilder:
         out[hit] = labels[best[hit]]
         return out
 
-    # -- examples ----------------------------------------------------------------------------------------------
+    # -- examples --------------------------------------------------------------------------------------------
 
     def _visual(self, index: int, rng: np.random.Generator | None, annotated: bool) -> Example:
         """Frames and regions of one clip."""
@@ -201,14 +201,14 @@ class ExampleBuilder:
                 (0, spec.num_frames - len(sampled)),
                 mode="edge",
             ),
-            "study": np.int32(index),
+            "study": np.asarray(index, np.int32),
         }
 
     def pretraining(self, index: int, rng: np.random.Generator, *, train: bool = True) -> Example:
         """One corrupted example for MLM, MDC, MOC and CMM (PAPER section 4).
 
-        Half of the reports are replaced by another patient's with another text (D11); `matched` says which. All
-        randomness comes from `rng`; without `train` frames are evenly sampled and not augmented.
+        Half of the reports are replaced by another patient's with another text (D11); `matched` says which.
+        All randomness comes from `rng`; without `train` frames are evenly sampled and not augmented.
         """
         spec = self.spec
         example = self._visual(index, rng if train else None, annotated=True)
@@ -231,7 +231,7 @@ class ExampleBuilder:
             "cmm_mask": self._has_report[index],
         }
 
-        steps = example["frame_mask"].reshape(-1, spec.stem_patch).any(1)
+        steps = np.asarray(example["frame_mask"].reshape(-1, spec.stem_patch).any(1))
         target = choose_share(steps, MASK_RATE, rng)
         example |= {
             "description_target": target,
@@ -337,8 +337,8 @@ def augment(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ultrasound-safe augmentation, the same for all frames of a clip (speckle itself is left alone).
 
-    Gain and gamma through a lookup table that keeps black black, a shift of at most 6 % of the canvas, and, where
-    `mirror` allows, a horizontal flip half of the time.
+    Gain and gamma through a lookup table that keeps black black, a shift of at most 6 % of the canvas, and,
+    where `mirror` allows, a horizontal flip half of the time.
     """
     size = frames.shape[1]
     gain, gamma = rng.uniform(0.8, 1.25), rng.uniform(0.8, 1.25)
@@ -363,7 +363,7 @@ def augment(
 
 def training_batches(
     build: Callable[[int, np.random.Generator], Example],
-    indices: Sequence[int],
+    indices: Sequence[int] | np.ndarray,
     batch_size: int,
     seed: int,
     start_step: int = 0,
@@ -385,9 +385,13 @@ def training_batches(
 
 
 def evaluation_batches(
-    build: Callable[..., Example], indices: Sequence[int], batch_size: int, seed: int, repeats: int = 1
+    build: Callable[..., Example],
+    indices: Sequence[int] | np.ndarray,
+    batch_size: int,
+    seed: int,
+    repeats: int = 1,
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Every study once (`repeats` times, with other masks), in order; the last batch is padded by its last example.
+    """Every study once (`repeats` times, with other masks), in order; the last batch is padded by its last.
 
     Yields:
       A batch and a bool array [batch_size] that is False where the batch was padded.

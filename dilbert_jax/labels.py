@@ -1,4 +1,4 @@
-"""The output spaces of a run: which organs, conditions, findings, region classes and entities a model tells apart."""
+"""The output spaces of a run: the organs, conditions, findings, region classes and entities told apart."""
 
 from __future__ import annotations
 

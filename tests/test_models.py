@@ -1,4 +1,4 @@
-"""The model: shapes, convolution and region pooling against plain references, padding invariance of every stream."""
+"""The model: shapes, convolution and region pooling against plain references, padding invariance."""
 
 import dataclasses
 

@@ -18,8 +18,8 @@ def conv3d(x: Array, kernel: Array, strides: Sequence[int] = (1, 1, 1)) -> Array
 
     Args:
       x: [B, T, H, W, C].
-      kernel: [kT, kH, kW, C, O]; odd sizes. Padding is (k - 1) / 2 on both sides of each axis, as in PyTorch's
-        `padding=k//2`, also when the stride exceeds 1.
+      kernel: [kT, kH, kW, C, O]; odd sizes. Padding is (k - 1) / 2 on both sides of each axis, as in
+        PyTorch's `padding=k//2`, also when the stride exceeds 1.
       strides: (temporal, vertical, horizontal).
 
     Returns:
@@ -38,7 +38,7 @@ def conv3d(x: Array, kernel: Array, strides: Sequence[int] = (1, 1, 1)) -> Array
         return lax.conv_general_dilated(
             x, kernel, strides, padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
         )
-    # XLA:CPU runs a sum of 2-D convolutions over the temporal taps several times faster than one 3-D convolution.
+    # XLA:CPU runs a sum of 2-D convolutions over the temporal taps several times faster than one in 3-D.
     batch, _, height, width, channels = x.shape
     x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
     steps = (x.shape[1] - kernel.shape[0]) // strides[0] + 1
@@ -106,8 +106,8 @@ class ResidualBlock3D(nn.Module):
 class VideoEncoder(nn.Module):
     """Small 3-D CNN (decision D1): patch stem, then 2x2 patch merging and residual blocks per stage.
 
-    Stem and merging are one matrix product each (fast on every backend); the 3x3x3 convolutions of the residual
-    blocks do the looking around in space and time.
+    Stem and merging are one matrix product each (fast on every backend); the 3x3x3 convolutions of the
+    residual blocks do the looking around in space and time.
 
     Padded steps are zeroed before every convolution, which makes them the same as the convolution's own zero
     padding: frames appended to a clip change no valid output.

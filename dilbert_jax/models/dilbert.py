@@ -124,7 +124,7 @@ class Dilbert(nn.Module):
 
         Args:
           frames: uint8 [B, T, H, W]; frame_mask: bool [B, T], valid frames first.
-          boxes: float [B, R, 4] (ymin, xmin, ymax, xmax) in [0, 1]; box_frames: int [B, R], the frame of each.
+          boxes: float [B, R, 4] (ymin, xmin, ymax, xmax) in [0, 1]; box_frames: int [B, R], their frames.
           region_mask: bool [B, R].
           token_ids, token_types: int [B, L]; token_mask: bool [B, L].
           description_zeroed: bool [B, A], description features to blank (masked description tokens).
@@ -190,11 +190,12 @@ class Dilbert(nn.Module):
 
         Args:
           encoded: from `encode`; the entity stream holds no report here.
-          entity_names: int [E, P] word pieces of the candidate entities' names; entity_names_mask: bool [E, P].
+          entity_names: int [E, P], word pieces of the candidate entities' names.
+          entity_names_mask: bool [E, P].
 
         Returns:
-          `organ` [B, O], `condition` [B, C], `findings` [B, F] (independent sigmoids) and `match`, a dict with
-          `frame` [B, E, A], `region` [B, E, R] and `clip` [B, E].
+          `organ` [B, O], `condition` [B, C], `findings` [B, F] (independent sigmoids) and `match`, a dict
+          with `frame` [B, E, A], `region` [B, E, R] and `clip` [B, E].
         """
         words = self.entity_embedding.word(entity_names)  # [E, P, D]
         names = _mean_valid(words, entity_names_mask)

@@ -1,4 +1,4 @@
-"""Region features: average pooling of the feature map inside boxes (RoI pooling with exact sub-cell overlap)."""
+"""Region features: average of the feature map inside boxes (RoI pooling with exact sub-cell overlap)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Array = jax.Array
 
 
 def _overlap(low: Array, high: Array, cells: int) -> Array:
-    """Share of the interval [low, high) that falls into each of `cells` equal cells of [0, 1]: [..., cells]."""
+    """Share of the interval [low, high) that lies in each of `cells` equal cells of [0, 1]: [..., cells]."""
     edges = jnp.arange(cells + 1, dtype=low.dtype) / cells
     inside = jnp.minimum(high[..., None], edges[1:]) - jnp.maximum(low[..., None], edges[:-1])
     return jnp.maximum(inside, 0.0) / jnp.maximum(high - low, 1e-6)[..., None]

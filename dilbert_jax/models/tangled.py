@@ -1,4 +1,4 @@
-"""The tangled-transformer (TNT) block: three streams, two cross attentions queried by the description stream."""
+"""The tangled-transformer (TNT) block: three streams, two cross attentions queried by the description."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class TangledBlock(nn.Module):
         c_w = MultiHead(W_q1 h_a, W_k^w h_w, W_v^w h_w)        c_r = MultiHead(W_q2 h_a, W_k^r h_r, W_v^r h_r)
 
     Linear layers turn c_w and c_r into further keys and values, which are concatenated to a stream's own:
-    the entity stream attends to [entity; c_r], the region stream to [region; c_w], and the description stream to
-    [description; c_w; c_r]. Positions made from c_w and c_r are valid where the description token is.
+    the entity stream attends to [entity; c_r], the region stream to [region; c_w], and the description stream
+    to [description; c_w; c_r]. Positions made from c_w and c_r are valid where the description token is.
     """
 
     hidden_size: int

@@ -60,8 +60,8 @@ class Stage:
 def train(experiment: Experiment, workdir: pathlib.Path) -> None:
     """Runs every stage that is not complete yet.
 
-    Order of operations in a step, which makes resuming exact: take the batch of step i (its content follows from i
-    alone), update, log, and only then perhaps save as step i + 1.
+    Order of operations in a step, which makes resuming exact: take the batch of step i (its content follows
+    from i alone), update, log, and only then perhaps save as step i + 1.
     """
     metrics_log = MetricsLog(workdir)
     params: dict[str, Any] = {}
@@ -127,7 +127,8 @@ def _make_stage(name: str, experiment: Experiment, params: Mapping[str, Any]) ->
         objective = functools.partial(steps.mutual_objective, model, loss)
     else:
         start, frozen = dict(params), {}
-        names = tuple(map(jnp.asarray, context.entity_names))
+        pieces, mask = context.entity_names
+        names = (jnp.asarray(pieces), jnp.asarray(mask))
         entity_of_region = jnp.asarray(context.entity_of_region)
 
         def objective(p: Any, f: Any, b: Any, r: Any) -> Any:
@@ -235,8 +236,8 @@ class _Window:
             ids = [self.experiment.store.studies[i].study_id for i in np.asarray(studies)]
             raise NonFiniteLossError(
                 f"stage {self.stage.name}, step {step}: {', '.join(bad)} not finite; the batch's studies are "
-                f"{', '.join(ids)}. The last checkpoint is good: lower optimizer.learning_rate in another workdir, "
-                "or look at these studies"
+                f"{', '.join(ids)}. The last checkpoint is good: lower optimizer.learning_rate in another "
+                "workdir, or look at these studies"
             )
         self.rows.append(row)
         self.last_step = step + 1
@@ -310,7 +311,8 @@ def describe_run(config: ml_collections.ConfigDict, experiment: Experiment) -> s
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes))
     labels = experiment.context.labels
     return (
-        f"data {config.data.name}: {sizes['train']} training, {sizes['validation']} validation, {sizes['test']} test "
-        f"studies; {len(labels.organs)} organs, {len(labels.conditions)} conditions, {len(labels.findings)} findings, "
-        f"{len(labels.entities)} entities; {count / 1e6:.2f} M parameters a network; device {jax.devices()[0]}"
+        f"data {config.data.name}: {sizes['train']} training, {sizes['validation']} validation, "
+        f"{sizes['test']} test studies; {len(labels.organs)} organs, {len(labels.conditions)} conditions, "
+        f"{len(labels.findings)} findings, {len(labels.entities)} entities; "
+        f"{count / 1e6:.2f} M parameters a network; device {jax.devices()[0]}"
     )

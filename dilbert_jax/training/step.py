@@ -1,7 +1,7 @@
 """The training steps: what each stage computes, as pure functions of state, batch and random key.
 
-Networks are entries of a dict of parameters ("teacher", "student"). A frozen network is an argument of the step:
-it is never closed over and never in the optimizer.
+Networks are entries of a dict of parameters ("teacher", "student"). A frozen network is an argument of the
+step: it is never closed over and never in the optimizer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import optax
 
 from dilbert_jax import losses
 from dilbert_jax.models.dilbert import Dilbert, Encoded
-from dilbert_jax.relational import angle_loss, distance_loss
+from dilbert_jax.relational import Reduction, angle_loss, distance_loss
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -63,7 +63,7 @@ class LossConfig:
     beta2: float = 1.0
     temperature: float = 1.0
     scale_by_square: bool = False
-    reduction: str = "mean"
+    reduction: Reduction = "mean"
     relational_layer: str = "fused"
     all_pairs: bool = False
 
@@ -89,7 +89,7 @@ def pretraining_forward(
 
     def run(module: Dilbert) -> tuple[dict[str, Array], Encoded]:
         encoded = module.encode(
-            *(batch[name] for name in VISUAL),
+            **{name: batch[name] for name in VISUAL},
             description_zeroed=batch["description_zeroed"],
             region_zeroed=batch["region_zeroed"],
             deterministic=dropout is None,
@@ -151,9 +151,10 @@ def relational_vector(encoded: Encoded, layer: str) -> Array:
 def pretraining_objective(
     model: Dilbert, config: LossConfig, params: Params, teacher: Any | None, batch: Batch, rng: Array
 ) -> tuple[Array, Metrics]:
-    """Stages 1 and 2 (D19): the four tasks for each network, plus the frozen teacher's soft labels if given."""
+    """Stages 1 and 2 (D19): the four tasks for each network, plus a frozen teacher's soft labels if given."""
     masks = task_masks(batch, config.all_pairs)
-    total, metrics = jnp.float32(0.0), {}
+    total: Array = jnp.float32(0.0)
+    metrics: Metrics = {}
     for index, (name, network) in enumerate(params.items()):
         logits, _ = pretraining_forward(model, network, batch, jax.random.fold_in(rng, index))
         supervised = task_losses(logits, batch, masks)
@@ -187,7 +188,8 @@ def mutual_objective(
         )
         vectors[name] = relational_vector(encoded, config.relational_layer)
         anchors[name], _ = pretraining_forward(model, frozen[name], batch, None)
-    total, metrics = jnp.float32(0.0), {}
+    total: Array = jnp.float32(0.0)
+    metrics: Metrics = {}
     for name, peer in PEER.items():
         supervised = task_losses(logits[name], batch, masks)
         cross_entropy = sum(getattr(config, task) * supervised[task] for task in TASKS)
@@ -220,7 +222,7 @@ def annotation_forward(
     """Annotation logits; `names` are the candidate entities' word pieces and their mask."""
 
     def run(module: Dilbert) -> tuple[dict[str, Any], Encoded]:
-        encoded = module.encode(*(batch[name] for name in VISUAL), deterministic=dropout is None)
+        encoded = module.encode(**{name: batch[name] for name in VISUAL}, deterministic=dropout is None)
         return module.annotate(encoded, *names), encoded
 
     rngs = None if dropout is None else {"dropout": dropout}
@@ -240,7 +242,8 @@ def annotation_objective(
     Args:
       entity_of_region: int [num_region_classes]: the candidate entity of a region class, or -1.
     """
-    total, metrics = jnp.float32(0.0), {}
+    total: Array = jnp.float32(0.0)
+    metrics: Metrics = {}
     region_entity = jnp.where(
         batch["region_labels"] >= 0, entity_of_region[batch["region_labels"]], -1
     )  # [B, R]
@@ -260,7 +263,7 @@ def annotation_objective(
         by_region = jnp.moveaxis(logits["match"]["region"], 1, 2)  # [B, R, E]
         values = losses.cross_entropy(by_region, jnp.maximum(region_entity, 0))
         terms["grounding"] = losses.masked_mean(values, (region_entity >= 0) & batch["region_mask"])
-        loss = sum(terms.values())
+        loss = sum(terms.values(), start=jnp.float32(0.0))
         metrics |= {f"{name}/{key}": value for key, value in {**terms, "loss": loss}.items()}
         total += loss
     return total, metrics
@@ -274,9 +277,9 @@ def make_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Jits one update of all networks in the state.
 
-    `objective(params, frozen, batch, rng)` sums the networks' losses; as none of them sends gradient into another,
-    the gradient of the sum is each network's own. A step whose loss is not finite leaves the state as it was, so
-    that the loop can stop with a good checkpoint.
+    `objective(params, frozen, batch, rng)` sums the networks' losses; as none of them sends gradient into
+    another, the gradient of the sum is each network's own. A step whose loss is not finite leaves the state
+    as it was, so that the loop can stop with a good checkpoint.
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch, rng: Array) -> tuple[TrainState, Metrics]:
