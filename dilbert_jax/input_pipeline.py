@@ -153,7 +153,7 @@ class ExampleBuilder:
         stored = np.asarray(study.region_frames, np.int64)
         labels = np.asarray([self._region[label] for label in study.region_labels], np.int32)
         if spec.augment and rng is not None:
-            mirror = not names_a_side(self.reports[index])
+            mirror = not names_a_side(self.reports[index], study.findings)
             frames, boxes, sector = augment(frames, boxes, sector, rng, mirror)
         # Frame numbers within the sampled frames; boxes pushed off the image by a shift are dropped.
         box_frames = (
@@ -241,7 +241,8 @@ class ExampleBuilder:
         target = choose_share(labelled, MASK_RATE, rng)
         zeroed = target & (rng.random(len(target)) < ZERO_RATE)
         overlap = box_iou(example["boxes"], example["boxes"]) > NO_LEAK_IOU
-        example |= {"region_target": target, "region_zeroed": zeroed | (overlap[zeroed].any(0) & ~target)}
+        # A target left visible is hidden too where it would show a zeroed one.
+        example |= {"region_target": target, "region_zeroed": zeroed | overlap[zeroed].any(0)}
         return example
 
     def _mismatched(self, index: int, rng: np.random.Generator) -> int:
@@ -308,9 +309,10 @@ def entity_statuses(study: Study, graph: KnowledgeGraph) -> dict[str, str]:
     return statuses
 
 
-def names_a_side(report: EncodedReport) -> bool:
-    """Whether a report speaks of left or right, so that mirroring the clip would make it wrong."""
-    return any(entity.concept in ("left", "right") for entity in report.entities)
+def names_a_side(report: EncodedReport, findings: Sequence[str] = ()) -> bool:
+    """Whether report or findings speak of left or right (also of a left lobe), so that mirroring makes them wrong."""
+    concepts = [entity.concept for entity in report.entities]
+    return any({"left", "right"} & set(concept.split("_")) for concept in (*concepts, *findings))
 
 
 def choose_share(valid: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
