@@ -38,6 +38,8 @@ class InputSpec:
       max_annotated_regions: most annotated boxes a clip contributes in pre-training.
       max_tokens: report length in word pieces.
       guided: knowledge-graph-guided masking (D8).
+      report_dropout: share of pre-training examples shown without their report, as in annotation: what is masked
+        must then be seen, not read. They count for MDC and MOC, not for MLM and CMM.
       augment: random gain, gamma, shift, and mirroring where no side is named.
     """
 
@@ -48,6 +50,7 @@ class InputSpec:
     max_annotated_regions: int
     max_tokens: int
     guided: bool = True
+    report_dropout: float = 0.0
     augment: bool = True
 
     @property
@@ -214,8 +217,9 @@ class ExampleBuilder:
         example = self._visual(index, rng if train else None, annotated=True)
         example |= self._targets[index]
 
-        partner = self._mismatched(index, rng) if rng.random() < 0.5 else index
-        report = self.reports[partner]
+        hidden = rng.random() < spec.report_dropout
+        partner = self._mismatched(index, rng) if not hidden and rng.random() < 0.5 else index
+        report = self._blank if hidden else self.reports[partner]
         masked = mask_report(report, rng, self.tokenizer, self.graph, rate=MASK_RATE, guided=spec.guided)
         positions = np.flatnonzero(masked.target_mask)[: spec.max_masked_tokens]
         mlm_mask = np.arange(spec.max_masked_tokens) < len(positions)
@@ -228,7 +232,7 @@ class ExampleBuilder:
             "mlm_targets": masked.targets[positions],
             "mlm_mask": mlm_mask,
             "matched": np.asarray(partner == index),
-            "cmm_mask": self._has_report[index],
+            "cmm_mask": self._has_report[index] & (not hidden),
         }
 
         steps = np.asarray(example["frame_mask"].reshape(-1, spec.stem_patch).any(1))
@@ -310,7 +314,7 @@ def entity_statuses(study: Study, graph: KnowledgeGraph) -> dict[str, str]:
 
 
 def names_a_side(report: EncodedReport, findings: Sequence[str] = ()) -> bool:
-    """Whether report or findings speak of left or right (also of a left lobe), so that mirroring makes them wrong."""
+    """Whether report or findings speak of left or right (or a left lobe): mirroring makes them wrong."""
     concepts = [entity.concept for entity in report.entities]
     return any({"left", "right"} & set(concept.split("_")) for concept in (*concepts, *findings))
 

@@ -42,8 +42,8 @@ REPORTS = {
 def make_clip(organ: str, condition: str, num_frames: int, seed: int) -> tuple[np.ndarray, list[list[float]]]:
     """Frames uint8 [T, 40, 48], and the lesion's box in each frame (none for a normal organ).
 
-    Livers are bright and even, kidneys dark with a bright rim; a cyst is a black disc, a stone a white one above
-    a shadow. The lesion moves to the right.
+    Livers are bright and even, kidneys dark with a bright rim; a cyst is a black disc, a stone a white one
+    above a shadow. The lesion moves to the right.
     """
     base = make_picture(seed, HEIGHT, WIDTH) * (0.5 if organ == "liver" else 0.2)
     if organ == "kidney":
@@ -78,10 +78,10 @@ def write_mp4(path: Path, frames: np.ndarray, rate: int = 20) -> Path:
 
 
 def make_small_export(folder: Path) -> Path:
-    """Writes 28 studies of 24 patients: sequences of stills, GIFs and mp4s, reports in both languages, some boxes.
+    """Writes 28 studies of 24 patients: stills, GIFs and mp4s, reports in both languages, some boxes.
 
-    Every sixth patient has two studies; one study has no report. The splits hold 14, 7 and 7 studies, with each
-    organ and condition in all of them. Returns the folder.
+    Every sixth patient has two studies; one study has no report. The splits hold 14, 7 and 7 studies, with
+    each organ and condition in all of them. Returns the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -95,20 +95,16 @@ def make_small_export(folder: Path) -> Path:
                 media = [f"stills/{number}/{t}.png" for t in range(num_frames)]
                 for name, frame in zip(media, frames, strict=True):
                     save(frame, folder / name)
-                regions = [
-                    {"media": t, "frame": 0, "box": box, "organ": "lesion"} for t, box in enumerate(boxes)
-                ]
+                places = [(t, 0) for t in range(num_frames)]
             elif number % 3 == 1:
                 media = [f"{number}.gif"]
                 first, *rest = (Image.fromarray(frame) for frame in frames)
                 first.save(folder / media[0], save_all=True, append_images=rest, duration=50)
-                regions = [
-                    {"media": 0, "frame": t, "box": box, "organ": "lesion"} for t, box in enumerate(boxes)
-                ]
+                places = [(0, t) for t in range(num_frames)]
             else:
                 media = [f"{number}.mp4"]
                 write_mp4(folder / media[0], frames)
-                regions = []
+                places = []
             chinese = number % 4 < 2
             report = REPORTS[condition][chinese].format(organ=NAMES[organ][chinese], size=10 + number)
             study = {
@@ -120,7 +116,10 @@ def make_small_export(folder: Path) -> Path:
                 "organ": organ,
                 "condition": condition,
                 "findings": list(FINDINGS[condition]),
-                "regions": regions,
+                "regions": [
+                    {"media": m, "frame": f, "box": box, "organ": "lesion"}
+                    for (m, f), box in zip(places, boxes, strict=False)
+                ],
                 "split": "train" if patient < 12 else "validation" if patient < 18 else "test",
             }
             lines.append(json.dumps(study, ensure_ascii=False))
@@ -151,7 +150,7 @@ def shared_experiment(factory: pytest.TempPathFactory) -> Experiment:
 
 
 def shared_run(factory: pytest.TempPathFactory) -> tuple[ml_collections.ConfigDict, Path]:
-    """Trains and evaluates the tiny configuration once a session; tests read its workdir and change copies."""
+    """Trains and evaluates the tiny configuration once a session; tests change only copies of its workdir."""
     config = shared_config(factory)
     workdir = _shared["root"] / "run"
     if not (workdir / "complete.json").exists():

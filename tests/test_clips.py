@@ -1,4 +1,4 @@
-"""Clips at the model's resolution: placement, even selection, boxes and frames that follow, the store on disk."""
+"""Clips at the model's resolution: placement, even selection, boxes that follow, the store on disk."""
 
 import json
 
