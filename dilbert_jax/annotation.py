@@ -74,11 +74,14 @@ def build_visual(context: ModelContext, frames: np.ndarray) -> tuple[Example, np
     Returns:
       The example (without labels), and its grid boxes mapped back to the frames' own coordinates [R, 4].
     """
-    spec = context.spec
-    sampled = select_evenly(len(frames), spec.num_frames)
-    canvas, placement = place_on_canvas(frames[sampled], context.config.data.size)
+    spec, data = context.spec, context.config.data
+    # In two steps like the clip store: the sector shows in all frames that a store would keep.
+    stored = select_evenly(len(frames), data.stored_frames)
+    canvas, placement = place_on_canvas(frames[stored], data.size)
+    sampled = select_evenly(len(stored), spec.num_frames)
     boxes, box_frames = lay_grid(spec, find_sector(canvas), len(sampled))
-    padded, mask = pad_frames(canvas, spec.num_frames)
+    padded, mask = pad_frames(canvas[sampled], spec.num_frames)
+    frame_index = stored[sampled]
     blank = context.tokenizer.encode("", "en", context.graph, spec.max_tokens)
     example = {
         "frames": padded,
@@ -89,7 +92,7 @@ def build_visual(context: ModelContext, frames: np.ndarray) -> tuple[Example, np
         "token_ids": blank.token_ids[:2],
         "token_types": blank.token_types[:2],
         "token_mask": blank.token_mask[:2],
-        "frame_index": np.pad(sampled, (0, spec.num_frames - len(sampled)), mode="edge").astype(np.int32),
+        "frame_index": np.pad(frame_index, (0, spec.num_frames - len(sampled)), mode="edge").astype(np.int32),
     }
     return example, placement.to_frame(boxes)
 

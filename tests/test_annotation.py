@@ -1,0 +1,247 @@
+"""Annotation: thresholds against brute force, the clip as evaluation sees it, the dictionary and its text."""
+
+import itertools
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from small_export import shared_experiment
+
+from dilbert_jax.annotation import (
+    NOTICE,
+    SCHEMA,
+    Thresholds,
+    build_visual,
+    choose_threshold,
+    compose,
+    describe_source,
+    predict,
+    write_description,
+)
+from dilbert_jax.input_pipeline import box_iou
+from dilbert_jax.media import Clip, read_clip
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    return shared_experiment(tmp_path_factory)
+
+
+# --- thresholds -------------------------------------------------------------------------------------------
+
+
+def f1_at(probabilities, targets, threshold):
+    answers = probabilities >= threshold
+    hits = (answers & targets).sum()
+    return 2 * hits / (answers.sum() + targets.sum())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_chosen_threshold_has_the_best_f1(seed):
+    rng = np.random.default_rng(seed)
+    targets = rng.random(30) < 0.4
+    probabilities = np.clip(0.3 + 0.2 * targets + rng.normal(0, 0.15, 30), 0.11, 0.89)
+    if seed % 2:  # many ties
+        probabilities = np.round(probabilities, 1)
+    chosen = choose_threshold(probabilities, targets)
+    candidates = np.linspace(0.05, 0.95, 1801)
+    best = max(f1_at(probabilities, targets, c) for c in candidates)
+    assert f1_at(probabilities, targets, chosen) == pytest.approx(best, abs=1e-12)
+    # It lies between two answers, on neither of them.
+    assert not np.isclose(probabilities, chosen).any()
+
+
+def test_too_few_or_only_positives_choose_nothing():
+    probabilities = np.linspace(0.1, 0.9, 12)
+    assert choose_threshold(probabilities, np.arange(12) < 4) is None
+    assert choose_threshold(probabilities, np.arange(12) < 5) is not None
+    assert choose_threshold(probabilities, np.ones(12, bool)) is None
+    assert choose_threshold(probabilities, np.arange(12) >= 9, min_positives=3) == pytest.approx(
+        (probabilities[8] + probabilities[9]) / 2
+    )
+
+
+def test_thresholds_stay_in_sensible_bounds():
+    targets = np.arange(12) < 6
+    assert choose_threshold(np.where(targets, 1e-3, 1e-4), targets) == 0.05
+    assert choose_threshold(np.where(targets, 0.9999, 0.999), targets) == 0.95
+
+
+def test_thresholds_return_from_their_file_and_have_a_default(tmp_path):
+    thresholds = Thresholds({"anechoic": 0.3}, {"cyst": 0.7})
+    thresholds.save(tmp_path / "thresholds.json")
+    loaded = Thresholds.load(tmp_path / "thresholds.json")
+    assert loaded == thresholds
+    assert (loaded.finding("anechoic"), loaded.finding("cyst")) == (0.3, 0.5)
+    assert (loaded.entity("cyst"), loaded.entity("anechoic")) == (0.7, 0.5)
+
+
+# --- the clip ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["gif", "mp4"])
+def test_a_file_gives_the_network_what_evaluation_gives_it(experiment, suffix):
+    export = experiment.context.config.data.manual_dir
+    compared = 0
+    for index, study in enumerate(experiment.store.studies):
+        path = pathlib.Path(export, f"{int(study.study_id[-2:])}.{suffix}")
+        if not path.exists():
+            continue
+        clip = read_clip(path)
+        visual, boxes = build_visual(experiment.context, clip.frames)
+        expected = experiment.builder.annotation(index, np.random.default_rng(0), train=False)
+        for name, value in visual.items():
+            np.testing.assert_allclose(value, expected[name], atol=1e-6, err_msg=f"{study.study_id} {name}")
+        assert boxes.min() >= 0 and boxes.max() <= 1
+        compared += 1
+    assert compared > 5
+
+
+def test_regions_are_given_in_the_frames_own_coordinates(experiment):
+    frames = np.full((5, 30, 60), 90, np.uint8)
+    visual, boxes = build_visual(experiment.context, frames)
+    assert visual["frames"].shape == (4, 32, 32) and visual["frame_mask"].all()
+    np.testing.assert_allclose(boxes[0], [0, 0, 1, 1], atol=1e-6)
+    # 30 x 60 becomes 16 x 32, centred.
+    np.testing.assert_allclose(visual["boxes"][0], [0.25, 0, 0.75, 1], atol=1e-6)
+    np.testing.assert_allclose(boxes[1], [0, 0, 0.5, 0.5], atol=1e-6)
+    assert np.diag(box_iou(boxes, boxes)) == pytest.approx(1.0)
+
+
+# --- the dictionary ---------------------------------------------------------------------------------------
+
+
+def make_prediction(context, concepts):
+    """Probabilities of one clip that is sure of `concepts`."""
+    labels, regions = context.labels, context.spec.num_grid_regions
+    num = len(labels.entities)
+
+    def spread(ids):
+        return np.asarray([0.8 if c in concepts else 0.1 for c in ids])
+
+    organ, condition = spread(labels.organs), spread(labels.conditions)
+    logits = np.random.default_rng(0).normal(size=(num, regions))
+    return {
+        "organ": organ / organ.sum(),
+        "condition": condition / condition.sum(),
+        "findings": spread(labels.findings),
+        "entities": spread(labels.entities),
+        "frame_scores": np.linspace(0, 1, num * 2).reshape(num, 2),
+        "region_scores": 1 / (1 + np.exp(-logits)),
+        "region_logits": logits,
+    }
+
+
+def make_annotation(context, frames, concepts, thresholds=None):
+    visual, boxes = build_visual(context, frames)
+    prediction = make_prediction(context, concepts=concepts)
+    thresholds = thresholds or Thresholds({}, {})
+    return compose(context, prediction, visual, boxes, thresholds, source={"file": "a"}, model={"step": 1})
+
+
+CYST = ("liver", "cyst", "anechoic", "posterior_enhancement")
+FRAMES = np.full((12, 30, 60), 90, np.uint8)
+
+
+def test_an_annotation_ranks_and_decides(experiment):
+    annotation = make_annotation(experiment.context, FRAMES, CYST)
+    assert (annotation["schema"], annotation["notice"]) == (SCHEMA, NOTICE)
+    assert annotation["organ"]["id"] == "liver" and annotation["condition"]["id"] == "cyst"
+    assert annotation["organ"]["name"]["en"].lower() == "liver" and "肝" in annotation["organ"]["name"]["zh"]
+    probabilities = [annotation["condition"]["probability"]]
+    probabilities += [a["probability"] for a in annotation["condition"]["alternatives"]]
+    assert probabilities == sorted(probabilities, reverse=True) and sum(probabilities) == pytest.approx(
+        1, abs=1e-3
+    )
+    assert {f["id"] for f in annotation["findings"] if f["present"]} == {"anechoic", "posterior_enhancement"}
+    scores = [e["score"] for e in annotation["entities"]]
+    assert scores == sorted(scores, reverse=True)
+    assert {e["id"] for e in annotation["entities"] if e["supported"]} == set(CYST) & set(
+        experiment.context.labels.entities
+    )
+    json.dumps(annotation, allow_nan=False)
+
+
+def test_scores_have_one_entry_a_token_and_a_region(experiment):
+    context = experiment.context
+    annotation = make_annotation(context, FRAMES, CYST)
+    assert len(annotation["regions"]) == context.spec.num_grid_regions
+    assert len(annotation["frame_index"]) == context.spec.num_steps
+    for entity in annotation["entities"]:
+        assert len(entity["frame_scores"]) == len(annotation["frame_index"])
+        assert len(entity["region_scores"]) == len(annotation["regions"])
+    still = make_annotation(context, FRAMES[:1], CYST)
+    assert still["frame_index"] == [0] and all(len(e["frame_scores"]) == 1 for e in still["entities"])
+    assert {r["frame"] for r in still["regions"]} == {0}
+
+
+def test_region_labels_are_the_most_matching_region_class(experiment):
+    context = experiment.context
+    annotation = make_annotation(context, FRAMES, CYST)
+    prediction = make_prediction(context, concepts=CYST)
+    classes = [r for r in context.labels.regions if r in context.labels.entities]
+    assert len(classes) >= 2
+    rows = prediction["region_logits"][[context.labels.entities.index(r) for r in classes]]
+    for i, region in enumerate(annotation["regions"]):
+        assert region["label"] == classes[rows[:, i].argmax()] and region["name"]["en"]
+        assert 1 / len(classes) - 1e-4 <= region["probability"] <= 1
+
+
+def test_thresholds_decide_what_is_present(experiment):
+    strict = Thresholds({"anechoic": 0.9}, {"cyst": 0.9})
+    annotation = make_annotation(experiment.context, FRAMES, CYST, strict)
+    findings = {f["id"]: f for f in annotation["findings"]}
+    assert findings["anechoic"]["threshold"] == 0.9 and not findings["anechoic"]["present"]
+    assert findings["posterior_enhancement"]["present"]
+    assert not {e["id"]: e for e in annotation["entities"]}["cyst"]["supported"]
+
+
+def test_the_text_says_what_both_heads_support_and_what_the_graph_allows(experiment):
+    context = experiment.context
+    annotation = make_annotation(context, FRAMES, CYST)
+    text = annotation["description"]
+    for concept, language in itertools.product(CYST, ("en", "zh")):
+        name = context.graph.name(concept, language)
+        assert name.lower() in text[language].lower(), (concept, text)
+    # Without the match of its entity a finding is not written.
+    for entity in annotation["entities"]:
+        if entity["id"] == "anechoic":
+            entity["supported"] = False
+    assert "anechoic" not in write_description(context, annotation)["en"].lower()
+    # Nor is one that the organ cannot show.
+    foreign = {"id": "air_bronchogram", "name": {}, "probability": 0.9, "threshold": 0.5, "present": True}
+    assert not context.graph.allows("liver", "air_bronchogram")
+    before = write_description(context, annotation)
+    annotation["findings"].append(foreign)
+    assert write_description(context, annotation) == before
+
+
+def test_the_source_is_named_without_its_folder():
+    clip = Clip(
+        frames=FRAMES[:3], fps=20.0, pixel_spacing_mm=(0.1, 0.2), decoder="d", source="/home/Doe John/a.dcm",
+        frame_index=(0, 50, 99),
+    )  # fmt: skip
+    assert describe_source(clip, "ab") == {
+        "file": "a.dcm", "sha256": "ab", "num_frames": 100, "height": 30, "width": 60, "fps": 20.0,
+        "pixel_spacing_mm": [0.1, 0.2], "decoder": "d",
+    }  # fmt: skip
+
+
+def test_predictions_are_probabilities_that_padding_does_not_change(experiment):
+    context = experiment.context
+    params = context.init_params(jax.random.key(0))
+    visual, _ = build_visual(context, FRAMES[:2])
+    batch = {name: np.stack([value] * 2) for name, value in visual.items()}
+    batch["frames"] = batch["frames"].copy()
+    batch["frames"][1, 2:] = 255  # padded frames
+    output = predict(context, params, batch)
+    for name in ("organ", "condition"):
+        np.testing.assert_allclose(output[name].sum(-1), 1.0, rtol=1e-5)
+    valid = slice(0, 1)
+    for name, value in output.items():
+        if name != "region_logits":
+            assert value.min() >= 0 and value.max() <= 1
+        first, second = (value[k][..., valid] if name == "frame_scores" else value[k] for k in (0, 1))
+        np.testing.assert_allclose(first, second, rtol=2e-4, atol=2e-5, err_msg=name)
