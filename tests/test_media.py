@@ -487,6 +487,23 @@ def test_text_beside_the_sector_is_blanked_and_tissue_is_kept(tmp_path, moving):
     assert xmin <= columns[0] / 640 <= xmin + 0.03 and xmax - 0.03 <= columns[-1] / 640 <= xmax
 
 
+def test_a_bright_wall_behind_a_shadow_is_kept_and_a_banner_is_not(tmp_path):
+    rng = np.random.default_rng(5)
+    frame = np.full((512, 512), 4, np.uint8)
+    speckle = np.clip(rng.gamma(2.0, 30.0, frame.shape), 6, 255).astype(np.uint8)
+    tissue, wall, banner = (np.zeros(frame.shape, bool) for _ in range(3))
+    tissue[60:380, 150:400] = True
+    wall[330:420, 84:112] = True  # 38 pixels of shadow away
+    banner[8:32, 120:500] = True
+    frame[tissue | wall] = speckle[tissue | wall]
+    frame[banner] = 170
+    frame[14:26, 130:490:6] = 255
+    Image.fromarray(frame).save(tmp_path / "a.png")
+    kept = read_clip(tmp_path / "a.png").frames[0] == frame
+    assert kept[tissue].all() and kept[wall].mean() > 0.8
+    assert not kept[banner].any()
+
+
 def test_frames_full_of_tissue_or_of_nothing_stay_as_they_are(tmp_path):
     rng = np.random.default_rng(0)
     for frame in (

@@ -23,6 +23,9 @@ _TEXT_STILL = 16  # grey levels; what changes more over the clip is no text
 _OPENING = 0.035  # of the shorter side: lines of text are thinner than twice this
 _EDGE = 5  # cells that the opening and the text window take off a tissue edge
 _REACH = 24  # cells within which scattered echoes away from text belong to the tissue
+_SMALL_OPENING = 4  # cells; an island of tissue beside the sector is thicker than twice this, text is not
+_MAX_FLAT = 0.1  # of an island; colour bars and banners are flatter
+_MAX_ISLAND = 0.02  # of the frame; banners and tables are larger
 _MIN_PART = 0.1  # of the largest part: a second image of a split screen is larger, a logo smaller
 _MIN_AREA = 0.08  # of the frame
 _MAX_OUTSIDE = 0.35  # of the echoes: more than this outside the sector means that it was not found
@@ -97,6 +100,8 @@ def detect_sector(frames: np.ndarray) -> np.ndarray | None:
         part = labels == label
         part = part | (_dilate(part, _EDGE) & echoes) | (_dilate(part, _REACH) & scattered)
         keep |= part
+    solid = ndimage.binary_opening(tissue, _disk(_SMALL_OPENING)) & scattered
+    keep = _add_islands(keep, solid, _find_flat(sampled[0], background, size))
     # One hull around all parts, since a shadow or a cyst can split the tissue of one sector.
     hull = _fill_hull(keep)
     if hull is None:
@@ -106,6 +111,26 @@ def detect_sector(frames: np.ndarray) -> np.ndarray | None:
         return None
     full = Image.fromarray(keep.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(full) > 64
+
+
+def _add_islands(keep: np.ndarray, solid: np.ndarray, flat: np.ndarray) -> np.ndarray:
+    """Add solid pieces near the hull: a diaphragm or bowel wall behind a shadow; no bars and banners."""
+    hull = _fill_hull(keep)
+    if hull is None:
+        return keep
+    labels, count = ndimage.label(solid)
+    numbers = np.arange(count + 1)
+    near = ndimage.mean(_dilate(hull, _REACH), labels, numbers) >= 0.5
+    speckled = ndimage.mean(flat, labels, numbers) < _MAX_FLAT
+    small = np.bincount(labels.ravel(), minlength=count + 1) < _MAX_ISLAND * labels.size
+    return keep | (labels > 0) & (near & speckled & small)[labels]
+
+
+def _find_flat(frame: np.ndarray, background: int, size: tuple[int, int]) -> np.ndarray:
+    """Share of each cell that is even and lighter than the background, as drawings are, float32."""
+    spread = ndimage.maximum_filter(frame, 3) - ndimage.minimum_filter(frame, 3)
+    even = (spread <= 2) & (frame >= background + _PANEL_OFFSET)
+    return _shrink(even.astype(np.float32), size)
 
 
 def _find_background(sampled: np.ndarray) -> tuple[int, np.ndarray] | None:
