@@ -140,7 +140,7 @@ def shared_config(factory: pytest.TempPathFactory) -> ml_collections.ConfigDict:
         name="ahjuui", manual_dir=str(root / "export"), data_dir=str(root / "prepared"), min_entity_count=2
     )
     config.model.num_layers = 1  # compiling dominates
-    config.train.update(mutual_epochs=3.0, finetune_epochs=4.0)
+    config.train.update(mutual_epochs=3.0, finetune_epochs=16.0)
     config.evaluate.mask_repeats = 8
     return config
 

@@ -192,7 +192,7 @@ def test_checkpoints_keep_the_newest_and_return_every_bit(tmp_path, rng):
 
 def test_every_stage_runs_to_its_end(trained):
     config, workdir = trained
-    expected = {"teacher": 4, "student": 4, "mutual": 5, "finetune": 7}
+    expected = {"teacher": 4, "student": 4, "mutual": 5, "finetune": 28}
     for stage, count in expected.items():
         assert count == round(config.train[f"{stage}_epochs"] * 14 / 8)
         checkpoints = StageCheckpoints(workdir, stage)
@@ -279,7 +279,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(trained, tmp_path, mo
     # One more record where the run was cut, none twice; the others say the same.
     assert [r["step"] for r in records(copy, "mutual")] == [1, 2, 3, 4, 5]
     timing = {"clips_per_second"}
-    for stage, last in (("mutual", 5), ("finetune", 7)):
+    for stage, last in (("mutual", 5), ("finetune", 28)):
         a, b = ({r["step"]: r for r in records(w, stage)} for w in (workdir, copy))
         for step in {1, 2, last} & a.keys():
             assert {k: v for k, v in a[step].items() if k not in timing} == {
@@ -357,5 +357,5 @@ def test_a_signal_inside_a_step_loses_no_checkpoint(trained, tmp_path, monkeypat
     monkeypatch.setattr(steps, "make_step", make_step)
     loop.train(experiment, copy)
     checkpoints = StageCheckpoints(copy, "finetune")
-    assert checkpoints.latest_step() == 7
+    assert checkpoints.latest_step() == 28
     checkpoints.close()
