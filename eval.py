@@ -1,6 +1,6 @@
 """Evaluates a trained run and writes eval.json and report.html into it.
 
-    python eval.py --workdir=runs/quickstart [--split=test]
+python eval.py --workdir=runs/quickstart [--split=test]
 """
 
 import logging
@@ -26,9 +26,14 @@ def main(argv: list[str]) -> None:
     run.use_compilation_cache()
     try:
         if not (workdir / "config.json").exists():
-            raise FileNotFoundError(f"{workdir / 'config.json'} is missing: {workdir} holds no run; train one first")
+            raise FileNotFoundError(
+                f"{workdir / 'config.json'} is missing: {workdir} holds no run; train one first"
+            )
         result = evaluate(
-            load_config(workdir / "config.json"), workdir, split=_SPLIT.value, command="python " + " ".join(sys.argv)
+            load_config(workdir / "config.json"),
+            workdir,
+            split=_SPLIT.value,
+            command="python " + " ".join(sys.argv),
         )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -7,7 +7,6 @@ Run the same command again to resume an interrupted run, or to be told that all 
 
 import logging
 import pathlib
-import signal
 import sys
 import time
 
@@ -15,7 +14,9 @@ from absl import app, flags
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/quickstart.py.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/<name of the experiment file>.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run lives; default runs/<name of the experiment file>."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -26,9 +27,10 @@ def main(argv: list[str]) -> None:
     path = pathlib.Path(flags.FLAGS["config"].config_filename)  # type: ignore[attr-defined]
     workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / path.stem)
 
-    from dilbert_jax import run  # after the flags: a misspelt field is reported before anything heavy is imported
+    from dilbert_jax import (
+        run,
+    )  # after the flags: a misspelt field is reported before anything heavy is imported
 
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     started = time.monotonic()
     try:
         report = run.train_and_report(config, workdir, command="python " + " ".join(sys.argv))
@@ -39,6 +41,16 @@ def main(argv: list[str]) -> None:
     print(f"{time.monotonic() - started:.0f} s; results: {report}")
 
 
+def parse(argv: list[str]) -> list[str]:
+    """Parses the flags; a misspelt or mistyped override is one line, not a traceback."""
+    try:
+        return flags.FLAGS(argv)
+    except (AttributeError, TypeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    except flags.Error as error:
+        sys.exit(f"error: {error}; see --help")
+
+
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -1,6 +1,6 @@
 """Trains DILBERT through all stages on the generated phantom data, on a laptop CPU.
 
-    python train.py --config=configs/quickstart.py
+python train.py --config=configs/quickstart.py
 """
 
 from dilbert_jax.config import default_config
@@ -9,4 +9,10 @@ from dilbert_jax.config import default_config
 def get_config():
     config = default_config("small")
     config.data.name = "phantom"
+    config.data.update(size=64, num_frames=12, max_tokens=96, grid_scales=(1, 3), grid_steps=1)
+    config.data.report_dropout = 0.5  # half of the clips must be read without their report
+    config.model.update(num_layers=2, ffn_size=256, stem_patch=(3, 4, 4))
+    config.optimizer.warmup_fraction = 0.1
+    config.train.batch_size = 16
+    config.train.update(teacher_epochs=28.0, student_epochs=22.0, mutual_epochs=4.0, finetune_epochs=30.0)
     return config

@@ -119,9 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         started = time.monotonic()
         folder = pathlib.Path()
         if args.input.is_dir():
-            relative = path.relative_to(args.input)
-            # The suffix stays: a.png and a.dcm are two clips.
-            folder = relative.parent / relative.name.replace(".", "_")
+            folder = path.relative_to(
+                args.input
+            )  # a folder a file, suffix and all: a.png and a.dcm are two clips
         entry: dict[str, Any] = {
             "file": str(path.relative_to(args.input) if args.input.is_dir() else path.name)
         }

@@ -10,18 +10,18 @@ import ml_collections
 # Presets of the fusion encoder and the 3-D CNN. "base" is the paper's size (12 blocks, 768 hidden, 12 heads).
 MODEL_PRESETS: dict[str, dict[str, object]] = {
     "tiny": {
-        "hidden_size": 64, "num_layers": 2, "num_heads": 4, "ffn_size": 128, "channels": (16, 32), "blocks": (1,),
+        "hidden_size": 64, "num_layers": 2, "num_heads": 4, "ffn_size": 128, "channels": (16, 32), "blocks": (1, 1),
     },
     "small": {
-        "hidden_size": 128, "num_layers": 3, "num_heads": 4, "ffn_size": 512, "channels": (32, 64), "blocks": (1,),
+        "hidden_size": 128, "num_layers": 3, "num_heads": 4, "ffn_size": 512, "channels": (48, 96), "blocks": (1, 1),
     },
     "medium": {
         "hidden_size": 256, "num_layers": 4, "num_heads": 8, "ffn_size": 1024,
-        "channels": (48, 96, 192), "blocks": (1, 1),
+        "channels": (64, 128, 256), "blocks": (1, 1, 1),
     },
     "base": {
         "hidden_size": 768, "num_layers": 12, "num_heads": 12, "ffn_size": 3072,
-        "channels": (64, 128, 256), "blocks": (2, 2),
+        "channels": (64, 128, 256), "blocks": (1, 2, 2),
     },
 }  # fmt: skip
 
@@ -54,6 +54,7 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     data.graph_file = ""  # extension of the knowledge graph
     data.min_entity_count = 3
     data.guided_masking = True
+    data.report_dropout = 0.0  # share of pre-training examples shown without their report
     data.augment = True
 
     config.model = model = ml_collections.ConfigDict(MODEL_PRESETS[preset])
@@ -111,19 +112,32 @@ def load_config(path: pathlib.Path) -> ml_collections.ConfigDict:
       ValueError: a saved field is unknown to this version.
     """
     config = default_config()
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: not a JSON file in UTF-8 ({error}); restore it or use a new workdir"
+        ) from None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path}: expected an object with the sections {', '.join(config)}")
     for section, value in saved.items():
         if section not in config:
             raise ValueError(
                 f"{path}: unknown field {section!r}; this workdir was written by another version"
             )
-        if not isinstance(value, dict):
-            config[section] = value
-            continue
-        for field, item in value.items():
-            if field not in config[section]:
-                raise ValueError(f"{path}: unknown field '{section}.{field}'; written by another version")
-            config[section][field] = tuple(item) if isinstance(item, list) else item
+        fields = value.items() if isinstance(value, dict) else [(None, value)]
+        for field, item in fields:
+            name = section if field is None else f"{section}.{field}"
+            if field is not None and (not hasattr(config[section], "keys") or field not in config[section]):
+                raise ValueError(
+                    f"{path}: unknown field {name!r}; this workdir was written by another version"
+                )
+            target, key = (config, section) if field is None else (config[section], field)
+            try:
+                target[key] = tuple(item) if isinstance(item, list) else item
+            except TypeError:
+                wanted = type(target[key]).__name__
+                raise ValueError(f"{path}: field {name!r} is {item!r}; expected {wanted}") from None
     return config
 
 
@@ -138,27 +152,55 @@ def check_config(config: ml_collections.ConfigDict) -> None:
                 value = value[part]  # type: ignore[index]
             raise ValueError(f"config.{field} is {value!r}; {wanted}")
 
+    def positive(*names: str) -> None:
+        for name in names:
+            section, field = name.split(".")
+            value = config[section][field]
+            values = value if isinstance(value, (tuple, list)) else (value,)
+            need(len(values) > 0 and all(v > 0 for v in values), name, "must be positive")
+
+    positive("data.size", "data.num_frames", "data.stored_frames", "data.grid_scales", "data.grid_steps")
+    positive(
+        "data.min_entity_count", "model.hidden_size", "model.num_layers", "model.num_heads", "model.ffn_size"
+    )
+    positive("model.channels", "model.blocks", "model.stem_patch", "model.region_bins")
+    positive("optimizer.learning_rate", "train.log_every_steps", "train.checkpoint_every_seconds")
+    positive(
+        "train.mutual_rate_scale",
+        "train.finetune_rate_scale",
+        "evaluate.num_resamples",
+        "evaluate.mask_repeats",
+    )
+    need(len(model.stem_patch) == 3, "model.stem_patch", "three numbers: frames, rows, columns")
+    need(0 <= model.dropout < 1, "model.dropout", "must lie in [0, 1)")
+    need(model.dtype in ("float32", "bfloat16"), "model.dtype", "choose 'float32' or 'bfloat16'")
+    need(0 <= data.report_dropout < 1, "data.report_dropout", "must lie in [0, 1)")
+    need(0 <= config.optimizer.warmup_fraction <= 1, "optimizer.warmup_fraction", "must lie in [0, 1]")
+    layers = ("fused", "description", "entity", "region")
+    need(
+        config.loss.relational_layer in layers, "loss.relational_layer", f"choose one of {', '.join(layers)}"
+    )
+    for term in ("mlm", "mdc", "moc", "cmm", "alpha", "beta", "gamma", "beta1", "beta2"):
+        need(config.loss[term] >= 0, f"loss.{term}", "must not be negative")
     patch = model.stem_patch
-    cells = 2 ** (len(model.channels) - 1)
-    need(data.num_frames >= 1, "data.num_frames", "need at least 1")
+    cells = 2 ** len(model.channels)  # the last map keeps at least 2 x 2 cells
     need(
         data.num_frames % patch[0] == 0,
         "data.num_frames",
         f"must be divisible by model.stem_patch[0] = {patch[0]}",
     )
     need(patch[1] == patch[2], "model.stem_patch", "rows and columns must be equal on a square input")
-    need(data.size % patch[1] == 0, "data.size", f"must be divisible by model.stem_patch[1] = {patch[1]}")
-    need(data.size // patch[1] >= cells, "data.size", f"too small for {len(model.channels)} CNN stages")
+    need(
+        data.size % patch[1] == 0 and data.size // patch[1] % cells == 0,
+        "data.size",
+        f"must be a multiple of {patch[1] * cells}: model.stem_patch times 2 for each of {len(model.channels)} stages",
+    )
     need(
         model.hidden_size % model.num_heads == 0,
         "model.hidden_size",
         f"must be divisible by {model.num_heads} heads",
     )
-    need(
-        len(model.blocks) == len(model.channels) - 1,
-        "model.blocks",
-        "one entry for each channel after the first",
-    )
+    need(len(model.blocks) == len(model.channels), "model.blocks", "one entry for each of model.channels")
     need(data.max_tokens >= 4, "data.max_tokens", "need at least 4")
     need(data.folds == 0 or data.folds >= 3, "data.folds", "0 (the set's own splits) or at least 3")
     need(data.folds == 0 or 0 <= data.fold < data.folds, "data.fold", f"must lie in [0, {data.folds})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,12 +14,10 @@ import numpy as np
 from tqdm import tqdm
 
 import dilbert_jax
-from dilbert_jax import annotation as annotations
-from dilbert_jax.annotation import Thresholds
+from dilbert_jax.annotation import Thresholds, choose_threshold, compose, predict
 from dilbert_jax.evaluation.metrics import (
     classification_report,
-    constant_report,
-    majority_baseline,
+    majority_predictions,
     multilabel_report,
 )
 from dilbert_jax.evaluation.retrieval import matching_accuracy, recall_at_k
@@ -29,6 +28,7 @@ from dilbert_jax.training.log import read_metrics
 from dilbert_jax.training.loop import NETWORKS, network_params
 from dilbert_jax.training.step import pretraining_forward, task_masks
 
+Decisions = dict[str, dict[str, Any]]
 SCHEMA = "dilbert-jax/evaluation/1"
 BATCH_SIZE = 32
 
@@ -53,18 +53,22 @@ def evaluate(
     indices = experiment.indices[split]
     if not len(indices):
         raise ValueError(f"data set {config.data.name!r} has no {split} study to evaluate on")
-    networks, predictions, thresholds = {}, {}, {}
+    resamples = config.evaluate.num_resamples
+    networks, predictions, thresholds, decided = {}, {}, {}, {}
     for network in tqdm(NETWORKS, desc="evaluating", unit="network", disable=not progress):
         params, _ = network_params(context, workdir, "mutual", network)
         pretraining = _pretraining_tasks(experiment, params, indices)
         params, step = network_params(context, workdir, "finetune", network)
         thresholds[network] = _choose_thresholds(experiment, params)
         predictions[network] = _predict_all(experiment, params, indices)
+        decided[network] = _decide(experiment, predictions[network], indices, thresholds[network])
         networks[network] = {
             "step": step,
             "pretraining": pretraining,
-            "annotation": _annotation_reports(experiment, predictions[network], indices, thresholds[network]),
+            "annotation": report_decisions(decided[network], resamples),
         }
+    baselines = _baseline_decisions(experiment, decided["student"])
+    _save_decisions(decided | baselines, workdir / "decisions.json")
     thresholds["student"].save(workdir / "thresholds.json")
     evaluation = {
         "schema": SCHEMA,
@@ -86,7 +90,7 @@ def evaluate(
         "data_fingerprint": experiment.dataset["fingerprint"],
         "seed": config.seed,
         "networks": networks,
-        "baseline": _baselines(experiment, indices),
+        "baseline": {name: report_decisions(d, resamples) for name, d in baselines.items()},
     }
     (workdir / "eval.json").write_text(
         json.dumps(evaluation, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
@@ -168,7 +172,7 @@ def _predict_all(experiment: Experiment, params: Any, indices: np.ndarray) -> di
     """Annotation probabilities of every study, in order, with the examples they came from."""
     rows: dict[str, list[np.ndarray]] = {}
     for batch, real in evaluation_batches(experiment.builder.annotation, indices, BATCH_SIZE, seed=7):
-        output = annotations.predict(experiment.context, params, batch)
+        output = predict(experiment.context, params, batch)
         for name, values in {**output, **{f"batch/{k}": v for k, v in batch.items()}}.items():
             rows.setdefault(name, []).append(values[real])
     return {name: np.concatenate(values) for name, values in rows.items()}
@@ -187,7 +191,7 @@ def _choose_thresholds(experiment: Experiment, params: Any) -> Thresholds:
         chosen = {}
         for column, concept in enumerate(ids):
             keep = mask[:, column]
-            value = annotations.choose_threshold(probabilities[keep, column], targets[keep, column])
+            value = choose_threshold(probabilities[keep, column], targets[keep, column])
             if value is not None:
                 chosen[concept] = value
         return chosen
@@ -201,67 +205,80 @@ def _choose_thresholds(experiment: Experiment, params: Any) -> Thresholds:
     )
 
 
-def _annotation_reports(
+def _decide(
     experiment: Experiment, output: dict[str, np.ndarray], indices: np.ndarray, thresholds: Thresholds
-) -> dict[str, Any]:
-    """Sensitivity, precision and F1 (14)-(16) of organ, condition, findings and entities."""
+) -> Decisions:
+    """What a network answers in each head, beside what is true; unlabelled studies are left out."""
     labels = experiment.context.labels
-    resamples = experiment.context.config.evaluate.num_resamples
-    groups = np.asarray([experiment.store.studies[i].group_id for i in indices])
-    reports = {}
+    studies = [experiment.store.studies[i] for i in indices]
+    decisions: Decisions = {}
+
+    def add(
+        head: str, ids: Sequence[str], targets: np.ndarray, predictions: np.ndarray, known: np.ndarray
+    ) -> None:
+        if len(ids) and known.any():
+            decisions[head] = {
+                "class_ids": list(ids),
+                "targets": targets[known],
+                "predictions": predictions[known],
+                "groups": np.asarray([s.group_id for s in studies])[known],
+                "study_ids": np.asarray([s.study_id for s in studies])[known],
+            }
+
     for head, ids in (("organ", labels.organs), ("condition", labels.conditions)):
         targets = output[f"batch/{head}"]
-        known = targets >= 0
-        if len(ids) > 1 and known.any():
-            predicted = output[head].argmax(-1)
-            reports[head] = classification_report(
-                targets[known], predicted[known], ids, groups[known], num_resamples=resamples
-            )
+        if len(ids) > 1:
+            add(head, ids, targets, output[head].argmax(-1), targets >= 0)
+    limits = np.asarray([thresholds.finding(f) for f in labels.findings])
     known = output["batch/findings_mask"]
-    if labels.findings and known.any():
-        limits = np.asarray([thresholds.finding(f) for f in labels.findings])
-        reports["findings"] = multilabel_report(
-            output["batch/findings"][known],
-            (output["findings"] >= limits)[known],
-            labels.findings,
-            groups[known],
-            num_resamples=resamples,
-        )
-    if labels.entities:
-        limits = np.asarray([thresholds.entity(e) for e in labels.entities])
-        known_entities = output["batch/entities_mask"]
-        # An uncertain entity counts neither way: it is predicted as it is labelled, absent.
-        reports["entities"] = multilabel_report(
-            output["batch/entities"] & known_entities,
-            (output["entities"] >= limits) & known_entities,
-            labels.entities,
-            groups,
-            num_resamples=resamples,
+    add("findings", labels.findings, output["batch/findings"], output["findings"] >= limits, known)
+    # An uncertain entity counts neither way: it is answered as it is labelled, absent.
+    limits = np.asarray([thresholds.entity(e) for e in labels.entities])
+    sure = output["batch/entities_mask"]
+    everything = np.ones(len(indices), bool)
+    targets, predictions = output["batch/entities"] & sure, (output["entities"] >= limits) & sure
+    add("entities", labels.entities, targets, predictions, everything)
+    return decisions
+
+
+def report_decisions(decisions: Decisions, num_resamples: int) -> dict[str, Any]:
+    """Sensitivity, precision and F1 (14)-(16) of every head, with intervals over groups."""
+    reports = {}
+    for head, d in decisions.items():
+        targets, predictions = np.asarray(d["targets"]), np.asarray(d["predictions"])
+        report = multilabel_report if targets.ndim == 2 else classification_report
+        reports[head] = report(
+            targets, predictions, d["class_ids"], np.asarray(d["groups"]), num_resamples=num_resamples
         )
     return reports
 
 
-def _baselines(experiment: Experiment, indices: np.ndarray) -> dict[str, Any]:
-    """What needs no model: the commonest training label, and, for many-label heads, always answering "present"."""
-    labels, builder = experiment.context.labels, experiment.builder
-    resamples = experiment.context.config.evaluate.num_resamples
-    groups = np.asarray([experiment.store.studies[i].group_id for i in indices])
-    majority: dict[str, Any] = {}
-    always: dict[str, Any] = {}
-
-    def targets(name: str, split: np.ndarray) -> np.ndarray:
-        return np.stack([builder.targets(int(i))[name] for i in split])
-
-    for head, ids in (("organ", labels.organs), ("condition", labels.conditions)):
-        train, test = targets(head, experiment.indices["train"]), targets(head, indices)
-        if len(ids) > 1 and (train >= 0).any() and (test >= 0).any():
-            majority[head] = majority_baseline(train, test, ids, groups, num_resamples=resamples)
-    for head, ids in (("findings", labels.findings), ("entities", labels.entities)):
-        if ids:
-            train, test = targets(head, experiment.indices["train"]), targets(head, indices)
-            majority[head] = majority_baseline(train, test, ids, groups, num_resamples=resamples)
-            always[head] = constant_report(test, ids, groups, num_resamples=resamples)
+def _baseline_decisions(experiment: Experiment, decisions: Decisions) -> dict[str, Decisions]:
+    """What needs no model: the commonest training label, and, for many-label heads, always "present"."""
+    train = [experiment.builder.targets(int(i)) for i in experiment.indices["train"]]
+    majority: Decisions = {}
+    always: Decisions = {}
+    for head, d in decisions.items():
+        targets = np.stack([t[head] for t in train])
+        if targets.ndim == 2 or (targets >= 0).any():
+            majority[head] = {**d, "predictions": majority_predictions(targets, len(d["targets"]))}
+        if targets.ndim == 2:
+            always[head] = {**d, "predictions": np.ones_like(d["targets"])}
     return {"majority": majority, "always_present": always}
+
+
+def _save_decisions(decided: dict[str, Decisions], path: pathlib.Path) -> None:
+    """Keeps every answer, so that folds and seeds can be pooled (`dilbert_jax.pool`)."""
+    plain = {
+        system: {
+            head: {
+                name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in d.items()
+            }
+            for head, d in heads.items()
+        }
+        for system, heads in decided.items()
+    }
+    path.write_text(json.dumps(plain, ensure_ascii=False), encoding="utf-8")
 
 
 def _example_annotations(
@@ -305,7 +322,7 @@ def _example_annotations(
             "dataset": context.config.data.name,
         }
         prediction = {k: v[row] for k, v in output.items() if not k.startswith("batch/")}
-        entry = annotations.compose(
+        entry = compose(
             context, prediction, example, example["boxes"], thresholds, source=source, model=model
         )
         entry["reference"] = {

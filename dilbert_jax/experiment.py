@@ -88,6 +88,7 @@ def make_context(
         max_annotated_regions=data.max_annotated_regions,
         max_tokens=data.max_tokens,
         guided=data.guided_masking,
+        report_dropout=data.report_dropout,
         augment=data.augment,
     )
     fields: dict[str, Any] = {
@@ -150,12 +151,12 @@ def open_experiment(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
     workdir.mkdir(parents=True, exist_ok=True)
     if (workdir / "config.json").exists():
         check_same_config(config, workdir)
-    else:
-        save_config(config, workdir / "config.json")
     graph = load_graph(data.graph_file or None)
     tfds_builder = datasets.prepare(
         data.name, manual_dir=data.manual_dir or None, data_dir=data.data_dir or None
     )
+    if not (workdir / "config.json").exists():  # only now: a mistyped folder must not bind the workdir
+        save_config(config, workdir / "config.json")
     folder = pathlib.Path(tfds_builder.data_path)
     preparation = json.loads((folder / "preparation.json").read_text(encoding="utf-8"))
 

@@ -217,7 +217,7 @@ class ExampleBuilder:
         example = self._visual(index, rng if train else None, annotated=True)
         example |= self._targets[index]
 
-        hidden = rng.random() < spec.report_dropout
+        hidden = train and rng.random() < spec.report_dropout
         partner = self._mismatched(index, rng) if not hidden and rng.random() < 0.5 else index
         report = self._blank if hidden else self.reports[partner]
         masked = mask_report(report, rng, self.tokenizer, self.graph, rate=MASK_RATE, guided=spec.guided)

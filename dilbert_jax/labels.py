@@ -37,8 +37,11 @@ class LabelSpace:
 
     @classmethod
     def load(cls, path: pathlib.Path) -> LabelSpace:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{name: tuple(ids) for name, ids in fields.items()})
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{name: tuple(ids) for name, ids in fields.items()})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not a label space ({error}); restore it or train again") from None
 
 
 def build_label_space(

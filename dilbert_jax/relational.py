@@ -60,7 +60,8 @@ def distance_loss(student: jax.Array, teacher: jax.Array, *, reduction: Reductio
     Raises:
         ValueError: shapes or reduction are not as above.
     """
-    return _distance_loss(*_squared_distances_of_both(student, teacher, reduction), reduction)
+    ours, theirs = _squared_distances_of_both(student, teacher, reduction)
+    return _distance_loss(ours, theirs, reduction)
 
 
 def angle_loss(
@@ -86,8 +87,8 @@ def angle_loss(
     Raises:
         ValueError: shapes, reduction or block size are not as above.
     """
-    squared = _squared_distances_of_both(student, teacher, reduction)
-    return _angle_loss(*squared, reduction, block_size)
+    ours, theirs = _squared_distances_of_both(student, teacher, reduction)
+    return _angle_loss(ours, theirs, reduction, block_size)
 
 
 def relational_loss(
@@ -107,11 +108,13 @@ def relational_loss(
     Raises:
         ValueError: shapes or reduction are not as above.
     """
-    squared = _squared_distances_of_both(student, teacher, reduction)
-    return _distance_loss(*squared, reduction) + beta1 * _angle_loss(*squared, reduction, None)
+    ours, theirs = _squared_distances_of_both(student, teacher, reduction)
+    return _distance_loss(ours, theirs, reduction) + beta1 * _angle_loss(ours, theirs, reduction, None)
 
 
-def _squared_distances_of_both(student, teacher, reduction):
+def _squared_distances_of_both(
+    student: jax.Array, teacher: jax.Array, reduction: str
+) -> tuple[jax.Array, jax.Array]:
     if student.ndim != 2 or teacher.ndim != 2 or student.shape[0] != teacher.shape[0] or not student.shape[0]:
         raise ValueError(
             f"student has shape {student.shape} and teacher {teacher.shape}; "

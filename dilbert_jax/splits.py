@@ -90,7 +90,9 @@ def split_by_group(
     for group in order:
         gain = (lacking * counts[group] * weight).sum(axis=1)
         gain[~allowed[group]] = -np.inf
-        assigned[group] = int(np.argmax(gain))
+        # Equal gains go to the split that lacks most studies overall, not to the first one named.
+        tied = gain >= gain.max() - 1e-9
+        assigned[group] = int(np.argmax(np.where(tied, lacking.sum(axis=1), -np.inf)))
         lacking[assigned[group]] -= counts[group]
     _fill_empty_splits(assigned, allowed, counts.sum(axis=1), tuple(fractions))
 

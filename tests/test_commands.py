@@ -251,9 +251,6 @@ def test_a_long_clip_is_numbered_in_frames_of_the_source(trained, tmp_path):
     assert max(written["frame_index"]) > annotate.MAX_FRAMES
 
 
-@pytest.mark.xfail(
-    strict=True, reason="annotate turns dots into underscores, so that two files share a folder"
-)
 def test_files_of_similar_names_have_their_own_annotations(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     inbox = tmp_path / "inbox"

@@ -126,7 +126,6 @@ def load_config_of(experiment):
     return experiment.context.config.copy_and_resolve_references()
 
 
-@pytest.mark.xfail(strict=True, reason="open_experiment saves config.json before the data are prepared")
 def test_a_corrected_data_folder_is_no_other_configuration(experiment, tmp_path):
     config = load_config_of(experiment)
     right = config.data.manual_dir
@@ -326,9 +325,6 @@ def test_a_diverged_step_names_stage_step_term_and_studies(trained, tmp_path, mo
     checkpoints.close()
 
 
-@pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="the handler saves a state that the step has donated"
-)
 def test_a_signal_inside_a_step_loses_no_checkpoint(trained, tmp_path, monkeypatch):
     """Python delivers a signal right after the compiled step returns, before its result has a name."""
     config, workdir = trained

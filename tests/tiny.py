@@ -17,7 +17,7 @@ B, T, S, A, R, L, M, F, C, E = 4, 4, 16, 2, 5, 12, 2, 3, 5, 6
 CONFIG = DilbertConfig(
     vocab_size=40, num_organs=3, num_conditions=2, num_findings=F, num_classes=C, num_region_classes=4,
     hidden_size=16, num_layers=2, num_heads=2, ffn_size=32, dropout=0.1, max_tokens=L, max_steps=8,
-    channels=(8, 16), blocks=(1,), stem_patch=(2, 4, 4),
+    channels=(8, 16), blocks=(1, 1), stem_patch=(2, 4, 4),
 )  # fmt: skip
 
 

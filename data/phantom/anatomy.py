@@ -71,7 +71,7 @@ def _vessel(
     """A vessel across the plane; its radius beats, or stays at one value of the same distribution."""
     beat = canvas.pulse if plan.pulsation else np.float32(body.phase)
     drift = canvas.y * np.float32(0.05 * body.mirror)
-    inside = canvas.disk(x + drift, z, radius * (1 + body.beat * beat))
+    inside = canvas.disk(x + drift, z, np.asarray(radius * (1 + body.beat * beat)))
     canvas.paint(inside, FLUID, -0.1, 0.8, "vessel")
     canvas.line(inside + 0.5, 0.9, wall_echo)
 
@@ -111,7 +111,7 @@ def _draw_liver(canvas: Canvas, plan: StudyPlan, body: Body, rng: np.random.Gene
     canvas.paint(np.ones_like(canvas.x), bright + 1.0 * canvas.texture, 0.1 if diffuse else 0.0)
     # Hepatic veins join towards the diaphragm; the portal branch has a bright wall.
     weak = 8.0 if diffuse else 0.0  # fat blurs the vessels
-    for slope, offset, width in ((0.55, -26, 3.2), (-0.25, 4, 3.6), (-0.9, 30, 2.8)):
+    for slope, offset, width in ((0.55, -26.0, 3.2), (-0.25, 4.0, 3.6), (-0.9, 30.0, 2.8)):
         offset, slope = offset + rng.uniform(-5, 5), slope + rng.uniform(-0.15, 0.15)
         line_x = x0 + m * (offset + slope * (canvas.z - 62) + rng.uniform(0.1, 0.4) * canvas.y)
         tube = np.float32(width * size) * (0.6 + canvas.z / 160) - np.abs(

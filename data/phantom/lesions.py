@@ -58,7 +58,9 @@ def paint_lesion(canvas: Canvas, lesion: Lesion, site: Site, rng: np.random.Gene
     edge = {"indistinct_margin": 0.55 * lesion.radius, "spiculated_margin": 0.16 * lesion.radius}.get(
         lesion.margin, 0.09 * lesion.radius
     )
-    echo = np.float32(site.background + ECHO_DB[lesion.echogenicity] + rng.uniform(-1.5, 1.5))
+    echo: np.ndarray | np.floating = np.float32(
+        site.background + ECHO_DB[lesion.echogenicity] + rng.uniform(-1.5, 1.5)
+    )
     if lesion.heterogeneous:
         echo = echo + 4.5 * canvas.texture
     if lesion.kind == "cyst" and lesion.echogenicity == "anechoic":
@@ -68,7 +70,9 @@ def paint_lesion(canvas: Canvas, lesion: Lesion, site: Site, rng: np.random.Gene
     through = {"posterior_enhancement": -rng.uniform(6, 8.5), "posterior_shadowing": rng.uniform(13, 20)}.get(
         lesion.posterior, 0.0
     )
-    canvas.paint(inside, echo, through / (1.6 * tall), edge, "cyst" if lesion.kind == "cyst" else "lesion")
+    canvas.paint(
+        inside, np.asarray(echo), through / (1.6 * tall), edge, "cyst" if lesion.kind == "cyst" else "lesion"
+    )
     canvas.cover("vessel", inside)
     if lesion.kind == "cyst":
         canvas.line(inside + 0.02 * lesion.radius, 0.07 * lesion.radius, site.background + 7)

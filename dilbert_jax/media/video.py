@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -71,13 +72,19 @@ def decode_video(path: Path, container_format: str, max_frames: int | None) -> D
     return Decoded(np.stack(frames), decoder, tuple(frame_index), fps=fps if len(frames) > 1 else None)
 
 
+# PyAV 19 keeps undecodable metadata by itself and no longer takes the argument.
+_METADATA_OPTIONS: dict[str, Any] = (
+    {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+)
+
+
 def _iterate_frames(path: Path, container_format: str) -> Iterator[tuple[av.VideoFrame, float | None, str]]:
     """Decode frame by frame within the limits, with the frame rate and the codec's name."""
     with av.open(
         f"file:{path}",
         format=container_format,
         options={"protocol_whitelist": "file", **_CODEC_OPTIONS},
-        metadata_errors="ignore",
+        **_METADATA_OPTIONS,
     ) as container:
         if not container.streams.video:
             raise MediaError(path, "holds no video stream")

@@ -88,38 +88,46 @@ class Conv3D(nn.Module):
 
 
 class ResidualBlock3D(nn.Module):
-    """Pre-normalised residual block: two 3x3x3 convolutions with layer norm over channels."""
+    """x + GELU(GroupNorm(convolution(x))); normalizing over a whole clip keeps what is darker than its surroundings."""
 
     features: int
+    kernel_size: tuple[int, int, int] = (3, 3, 3)
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, valid: Array) -> Array:
-        """x [B, A, H, W, C]; valid [B, A, 1, 1, 1] is 0 at padded steps."""
-        y = nn.LayerNorm(dtype=self.dtype, name="norm1")(x)
-        y = Conv3D(self.features, dtype=self.dtype, name="conv1")(nn.gelu(y) * valid)
-        y = nn.LayerNorm(dtype=self.dtype, name="norm2")(y)
-        y = Conv3D(self.features, dtype=self.dtype, name="conv2")(nn.gelu(y) * valid)
-        return x + y
+        """x [B, A, H, W, C]; valid is bool [B, A, 1, 1, 1], False at padded steps."""
+        y = Conv3D(self.features, self.kernel_size, dtype=self.dtype, name="conv")(jnp.where(valid, x, 0))
+        return x + nn.gelu(GroupNorm(dtype=self.dtype, name="norm")(y, valid))
+
+
+class GroupNorm(nn.Module):
+    """Group normalization over the valid steps of a clip, eight groups of channels."""
+
+    num_groups: int = 8
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, valid: Array) -> Array:
+        norm = nn.GroupNorm(num_groups=self.num_groups, dtype=self.dtype, name="norm")
+        return norm(x, mask=jnp.broadcast_to(valid, x.shape))
 
 
 class VideoEncoder(nn.Module):
-    """Small 3-D CNN (decision D1): patch stem, then 2x2 patch merging and residual blocks per stage.
+    """Small 3-D CNN (decision D1): patch stem, then per stage residual blocks, with 2x2 patch merging between.
 
-    Stem and merging are one matrix product each (fast on every backend); the 3x3x3 convolutions of the
-    residual blocks do the looking around in space and time.
-
-    Padded steps are zeroed before every convolution, which makes them the same as the convolution's own zero
-    padding: frames appended to a clip change no valid output.
+    Stem and merging are one matrix product each (fast on every backend). The first stage, where maps are large,
+    convolves in space only; later stages in space and time. Padded steps are zeroed before every convolution and
+    left out of every normalization: frames appended to a clip change no valid output.
 
     Attributes:
-      channels: width of the stem and of each later stage; every stage after the stem halves height and width.
-      blocks: residual blocks in each stage after the stem.
+      channels: width of each stage; every stage after the first halves height and width. Multiples of 8.
+      blocks: residual blocks of each stage.
       stem_patch: (frames, rows, columns) that one stem cell covers; time is never reduced after the stem.
     """
 
-    channels: tuple[int, ...] = (32, 64)
-    blocks: tuple[int, ...] = (1,)
+    channels: tuple[int, ...] = (48, 96)
+    blocks: tuple[int, ...] = (1, 1)
     stem_patch: tuple[int, int, int] = (2, 4, 4)
     dtype: Any = jnp.float32
 
@@ -132,18 +140,19 @@ class VideoEncoder(nn.Module):
           step_mask: bool [B, A], A = T / stem_patch[0]; True where a step covers a real frame.
 
         Returns:
-          [B, A, H', W', C].
+          [B, A, H', W', C], zero at padded steps.
         """
-        if len(self.blocks) != len(self.channels) - 1:
-            raise ValueError(
-                f"{len(self.channels)} channels need {len(self.channels) - 1} blocks; got {self.blocks}"
-            )
-        valid = step_mask[:, :, None, None, None].astype(self.dtype)
+        if len(self.blocks) != len(self.channels):
+            raise ValueError(f"channels {self.channels} and blocks {self.blocks} need one entry a stage each")
+        valid = step_mask[:, :, None, None, None]
         x = patchify(frames[..., None].astype(self.dtype), self.stem_patch)
-        x = nn.Dense(self.channels[0], dtype=self.dtype, name="stem")(x)
-        for stage, (width, depth) in enumerate(zip(self.channels[1:], self.blocks, strict=True)):
-            x = nn.gelu(nn.LayerNorm(dtype=self.dtype, name=f"stage{stage}_norm")(x))
-            x = nn.Dense(width, dtype=self.dtype, name=f"stage{stage}_down")(patchify(x, (1, 2, 2)))
+        x = nn.gelu(nn.Dense(self.channels[0], dtype=self.dtype, name="stem")(x))
+        for stage, (width, depth) in enumerate(zip(self.channels, self.blocks, strict=True)):
+            if stage:
+                x = nn.Dense(width, dtype=self.dtype, name=f"stage{stage}_merge")(patchify(x, (1, 2, 2)))
+                x = nn.gelu(GroupNorm(dtype=self.dtype, name=f"stage{stage}_norm")(x, valid))
+            kernel_size = (3, 3, 3) if stage else (1, 3, 3)
             for block in range(depth):
-                x = ResidualBlock3D(width, dtype=self.dtype, name=f"stage{stage}_block{block}")(x, valid)
-        return nn.LayerNorm(dtype=self.dtype, name="norm")(x) * valid
+                name = f"stage{stage}_block{block}"
+                x = ResidualBlock3D(width, kernel_size, dtype=self.dtype, name=name)(x, valid)
+        return jnp.where(valid, x, 0)

@@ -46,7 +46,7 @@ class DilbertConfig:
     max_tokens: int = 128
     max_steps: int = 128
     channels: tuple[int, ...] = (64, 128, 256)
-    blocks: tuple[int, ...] = (2, 2)
+    blocks: tuple[int, ...] = (1, 2, 2)
     stem_patch: tuple[int, int, int] = (2, 4, 4)
     region_bins: int = 2
     dtype: str = "float32"
@@ -61,6 +61,7 @@ class Encoded:
       masks: valid positions per stream.
       pooled: one vector per stream [B, D].
       fused: pool_w * pool_a + pool_w * pool_r, [B, D]: what matching and the relational losses look at.
+      overview: the 3-D CNN's own view of the clip, [B, 6 * C] (see `_overview`).
       cross_weights: last block's cross attention, entity [B, N, A, L] and region [B, N, A, R].
     """
 
@@ -68,6 +69,7 @@ class Encoded:
     masks: dict[str, Array]
     pooled: dict[str, Array]
     fused: Array
+    overview: Array
     cross_weights: dict[str, Array]
 
 
@@ -157,13 +159,18 @@ class Dilbert(nn.Module):
         cross_weights: dict[str, Array] = {}
         for layer in self.layers:
             streams, cross_weights = layer(streams, masks, deterministic)
+        overview = _overview(features, step_mask)
+        # [CLS] as in BERT, and the maximum: the few words that name organ and disease drown in a mean.
+        words = jnp.concatenate([streams["entity"][:, 0], _max_valid(streams["entity"], token_mask)], axis=-1)
+        # The description is the clip's overall appearance: its pooled vector sees the 3-D CNN's map directly too.
+        appearance = jnp.concatenate([_mean_valid(streams["description"], step_mask), overview], axis=-1)
         pooled = {
-            "entity": self.pool_entity(streams["entity"][:, 0]),
-            "description": self.pool_description(_mean_valid(streams["description"], step_mask)),
+            "entity": self.pool_entity(words),
+            "description": self.pool_description(appearance),
             "region": self.pool_region(_mean_valid(streams["region"], region_mask)),
         }
         fused = pooled["entity"] * pooled["description"] + pooled["entity"] * pooled["region"]
-        return Encoded(streams, masks, pooled, fused, cross_weights)
+        return Encoded(streams, masks, pooled, fused, overview, cross_weights)
 
     def pretrain(self, encoded: Encoded, mlm_positions: Array) -> dict[str, Array]:
         """Logits of the four pre-training tasks (PAPER section 4).
@@ -199,7 +206,11 @@ class Dilbert(nn.Module):
         """
         words = self.entity_embedding.word(entity_names)  # [E, P, D]
         names = _mean_valid(words, entity_names_mask)
-        clip = encoded.pooled["description"] + encoded.pooled["region"]
+        # The mean of a stream says what the clip is like, its maximum keeps what shows in one place only, and the
+        # overview spares fine-tuning the long way through the blocks.
+        views = [encoded.pooled["description"], encoded.pooled["region"], encoded.overview]
+        views += [_max_valid(encoded.streams[s], encoded.masks[s]) for s in ("description", "region")]
+        clip = jnp.concatenate(views, axis=-1)
         return {
             "organ": self.organ(clip),
             "condition": self.condition(clip),
@@ -238,3 +249,29 @@ def _mean_valid(x: Array, mask: Array) -> Array:
     """Mean over the second to last axis of [..., S, D] where mask [..., S]; zero when nothing is valid."""
     weight = mask[..., None].astype(x.dtype)
     return (x * weight).sum(-2) / jnp.maximum(weight.sum(-2), 1.0)
+
+
+def _max_valid(x: Array, mask: Array) -> Array:
+    """Maximum over the second to last axis of [..., S, D] where mask [..., S]; zero when nothing is valid."""
+    largest = jnp.max(jnp.where(mask[..., None], x, jnp.finfo(x.dtype).min), axis=-2)
+    return jnp.where(mask.any(-1)[..., None], largest, 0.0)
+
+
+def _overview(features: Array, step_mask: Array) -> Array:
+    """Mean and maximum over the whole map, and the means of its four quadrants.
+
+    Args:
+      features: [B, A, H, W, C], zero at padded steps; H and W even.
+      step_mask: bool [B, A].
+
+    Returns:
+      [B, 6 * C].
+    """
+    batch, _, height, width, channels = features.shape
+    steps = jnp.maximum(step_mask.sum(-1), 1).astype(features.dtype)[:, None, None, None]
+    mean = features.sum(axis=1) / steps  # [B, H, W, C]
+    quadrants = mean.reshape(batch, 2, height // 2, 2, width // 2, channels).mean(axis=(2, 4))
+    floor = jnp.finfo(features.dtype).min
+    largest = jnp.where(step_mask[:, :, None, None, None], features, floor).max(axis=(1, 2, 3))
+    largest = jnp.where(step_mask.any(-1)[:, None], largest, 0.0)
+    return jnp.concatenate([mean.mean(axis=(1, 2)), largest, quadrants.reshape(batch, -1)], axis=-1)

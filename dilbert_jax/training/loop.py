@@ -22,6 +22,7 @@ from dilbert_jax.experiment import Experiment
 from dilbert_jax.input_pipeline import evaluation_batches, training_batches
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.checkpoints import StageCheckpoints
+from dilbert_jax.training.interrupt import DeferredInterrupt
 from dilbert_jax.training.log import MetricsLog
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
@@ -165,9 +166,11 @@ def _run_stage(
     window = _Window(stage, experiment, metrics_log, schedule, batch_size, config.train.log_every_steps)
     saved_at = time.monotonic()
     bar = tqdm(total=stage.num_steps, initial=done, desc=stage.name, unit="step", smoothing=0.05)
-    with bar, logging_redirect_tqdm():
+    with bar, logging_redirect_tqdm(), DeferredInterrupt() as interrupt:
         try:
             for i in range(done, stage.num_steps):
+                if interrupt.requested:
+                    raise KeyboardInterrupt
                 batch = next(batches)
                 state, metrics = update(state, stage.frozen, _on_device(batch), rng)
                 # Looking at the step before keeps the device busy while the host reads.
@@ -181,12 +184,16 @@ def _run_stage(
                     saved_at = time.monotonic()
             window.flush()
         except KeyboardInterrupt:
-            window.flush()
-            checkpoints.save(int(state.step), state)
-            checkpoints.close()
+            # Interrupted inside a step, the state is donated and gone: the last checkpoint stands.
+            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+                window.flush()
+                checkpoints.save(int(state.step), state)
             _log.info(
-                "stopped in stage %s at step %d; the same command continues here", stage.name, int(state.step)
+                "stopped in stage %s at step %d; the same command continues here",
+                stage.name,
+                checkpoints.latest_step() or 0,
             )
+            checkpoints.close()
             raise
     validation = _validate(stage, experiment, state.params, rng)
     if validation:
