@@ -17,6 +17,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; flags start with --")
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells every detail of every save
     workdir = pathlib.Path(_WORKDIR.value)
 
     from dilbert_jax import run

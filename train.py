@@ -23,6 +23,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; flags start with --")
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells every detail of every save
     config = _CONFIG.value
     path = pathlib.Path(flags.FLAGS["config"].config_filename)  # type: ignore[attr-defined]
     workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / path.stem)
@@ -46,7 +47,8 @@ def parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (AttributeError, TypeError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        reason = str(error).replace("\\n", ". ").replace("\\'", "'").removeprefix("'").removesuffix("'")
+        sys.exit(f"error: an override of --config names no field or has a value of another type: {reason}")
     except flags.Error as error:
         sys.exit(f"error: {error}; see --help")
 

@@ -24,6 +24,7 @@ from dilbert_jax.training.step import VISUAL, annotation_forward
 SCHEMA = "dilbert-jax/annotation/1"
 NOTICE = "Research use only. Not for clinical use."
 MAX_ABSENT = 3
+SIDES = ("left", "right")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,28 +221,32 @@ def write_description(context: ModelContext, annotation: Mapping[str, Any]) -> d
     def allowed(concept: str) -> bool:
         return not organ or graph.allows(organ, concept)
 
-    # A finding must hold in both heads; one that is no match candidate stands on its own probability.
-    findings = [
-        f["id"]
-        for f in annotation["findings"]
-        if f["present"] and allowed(f["id"]) and supported.get(f["id"], True)
+    # A finding must hold in both heads; one that is no match candidate stands on its own probability. Of two that
+    # contradict each other the better supported one stays. A clip does not show which side of the body it is.
+    scores = {f["id"]: f["probability"] for f in annotation["findings"]}
+    scores |= {e["id"]: e["score"] for e in annotation["entities"]}
+    claims = [f["id"] for f in annotation["findings"] if f["present"] and supported.get(f["id"], True)]
+    claims += [
+        e["id"]
+        for e in annotation["entities"]
+        if e["supported"] and e["type"] in ("region", "descriptor") and e["id"] not in SIDES
     ]
+    kept: list[str] = []
+    for concept in sorted(dict.fromkeys(claims), key=lambda c: -scores[c]):
+        if allowed(concept) and not any("contradicts" in graph.relation_types(concept, k) for k in kept):
+            kept.append(concept)
+    labelled = {f["id"] for f in annotation["findings"]}
+    findings = [c for c in kept if c in labelled]
+    present = [c for c in kept if c not in labelled]
     absent = [
         f["id"]
         for f in sorted(annotation["findings"], key=lambda f: f["probability"])
         if not f["present"]
         and allowed(f["id"])
+        and f["id"] not in kept
         and not supported.get(f["id"], False)
         and graph.concepts[f["id"]].type == "finding"
     ][:MAX_ABSENT]
-    present = [
-        e["id"]
-        for e in annotation["entities"]
-        if e["supported"]
-        and e["type"] in ("region", "descriptor")
-        and allowed(e["id"])
-        and e["id"] not in findings
-    ]
     return {
         language: describe(
             organ, condition, findings, language=language, graph=graph, present=present, absent=absent
