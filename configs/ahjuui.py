@@ -1,6 +1,6 @@
 """Trains and evaluates on a hospital's own export: a folder with manifest.jsonl (docs/data.md).
 
-    python train.py --config=configs/ahjuui.py --config.data.manual_dir=DIR
+python train.py --config=configs/ahjuui.py --config.data.manual_dir=DIR
 """
 
 from dilbert_jax.config import default_config

@@ -17,6 +17,9 @@ from dilbert_jax.evaluation.metrics import classification_report
 
 SCHEMA_PAGE = Path(__file__).resolve().parents[1] / "docs" / "annotation_schema.md"
 
+# One worker runs both files: they share one trained run.
+pytestmark = pytest.mark.xdist_group("trained")
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):

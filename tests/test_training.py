@@ -21,6 +21,9 @@ from dilbert_jax.training.log import MetricsLog, read_metrics
 
 TASKS = ("mlm", "mdc", "moc", "cmm")
 
+# One worker runs both files: they share one trained run.
+pytestmark = pytest.mark.xdist_group("trained")
+
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
