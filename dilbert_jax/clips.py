@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -203,8 +203,3 @@ def _study_from_json(entry: dict[str, Any]) -> Study:
         return tuple(freeze(v) for v in value) if isinstance(value, list) else value
 
     return Study(**{name: freeze(value) for name, value in entry.items()})
-
-
-def subset(store: ClipStore, indices: Sequence[int]) -> list[Study]:
-    """The studies at `indices`."""
-    return [store.studies[i] for i in indices]
