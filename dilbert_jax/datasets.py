@@ -13,12 +13,12 @@ import importlib
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from dilbert_jax.data.builder import PREPARATION_FILE, UltrasoundBuilder
 from dilbert_jax.data.record import EncodedFrames, Record, from_example
@@ -76,7 +76,8 @@ def prepare(
     """Prepares a data set unless it is prepared already from the same files.
 
     Prepared data are reused when the source's folder is unchanged (names, sizes, times), or when no folder is
-    known any more. Otherwise the folder is read again and replaces them.
+    known any more. Otherwise the folder is read again and replaces them, once all of it is read: a preparation
+    that fails leaves them as they were.
 
     Args:
       name, manual_dir, data_dir, strict, progress: as ``make_builder``.
@@ -92,11 +93,15 @@ def prepare(
     if done is not None and _is_current(builder, done):
         return builder
     builder.check_manual_dir()
-    mode = tfds.GenerateMode.REUSE_CACHE_IF_EXISTS if Path(builder.data_dir).exists() else None
-    config = tfds.download.DownloadConfig(download_mode=mode) if mode else None
-    with _quiet_logs():
-        builder.download_and_prepare(download_config=config)
-    return builder
+    root = Path(builder.data_dir_root)
+    root.mkdir(parents=True, exist_ok=True)
+    # TFDS would delete the earlier data before it reads anything.
+    with tempfile.TemporaryDirectory(prefix=f"incomplete.{name}.", dir=root) as place:
+        fresh = make_builder(name, manual_dir, place, strict, progress)
+        with _quiet_logs():
+            fresh.download_and_prepare()
+        _replace_folder(Path(builder.data_dir), Path(fresh.data_dir), Path(place) / "earlier")
+    return make_builder(name, manual_dir, data_dir, strict, progress)
 
 
 def load_records(
@@ -220,6 +225,18 @@ def _is_current(builder: UltrasoundBuilder, done: dict[str, Any]) -> bool:
     if builder.strict and set(done["skipped_by_reason"]):
         return False  # strict mode has to see the bad studies again
     return done["source_fingerprint"] == builder.source_fingerprint()
+
+
+def _replace_folder(folder: Path, fresh: Path, aside: Path) -> None:
+    """Moves ``fresh`` to ``folder``, and what was there to ``aside``, or back when that fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if folder.exists():
+            folder.rename(aside)
+        fresh.rename(folder)
+    finally:
+        if aside.exists() and not folder.exists():
+            aside.rename(folder)
 
 
 @contextlib.contextmanager

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -156,7 +157,7 @@ def open_experiment(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
         data.name, manual_dir=data.manual_dir or None, data_dir=data.data_dir or None
     )
     if not (workdir / "config.json").exists():  # only now: a mistyped folder must not bind the workdir
-        save_config(config, workdir / "config.json")
+        _save_whole(functools.partial(save_config, config), workdir / "config.json")
     folder = pathlib.Path(tfds_builder.data_path)
     preparation = json.loads((folder / "preparation.json").read_text(encoding="utf-8"))
 
@@ -188,7 +189,7 @@ def open_experiment(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
             graph=graph,
             min_count=data.min_entity_count,
         )
-        labels.save(workdir / "labels.json")
+        _save_whole(labels.save, workdir / "labels.json")
     context = make_context(config, graph, tokenizer, labels)
     return Experiment(
         context, store, ExampleBuilder(store, labels, context.spec, tokenizer, graph), indices, preparation
@@ -211,6 +212,13 @@ def check_same_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) 
             f"{workdir} holds a run with another configuration ({'; '.join(differences)}); "
             "name another --workdir, or delete this one"
         )
+
+
+def _save_whole(save: Callable[[pathlib.Path], None], path: pathlib.Path) -> None:
+    """The file gets its name only when complete: a kill leaves none that a later run would read half of."""
+    temporary = path.with_name(path.name + ".tmp")
+    save(temporary)
+    temporary.replace(path)
 
 
 def _split(store: ClipStore, data: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
@@ -241,5 +249,5 @@ def _open_tokenizer(
             tokenizer = ReportTokenizer.load(config.data.vocab_file)
         else:
             tokenizer = ReportTokenizer.train(training_reports, config.data.vocab_size)
-        tokenizer.save(path)
+        _save_whole(tokenizer.save, path)
     return ReportTokenizer.load(path)

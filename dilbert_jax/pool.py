@@ -26,16 +26,20 @@ def pool(workdirs: Sequence[pathlib.Path], num_resamples: int = 2000) -> dict[st
     Every study is answered once, by the run that did not train on it; intervals resample groups over all of them.
 
     Raises:
-      ValueError: two runs answered the same study, or a workdir holds no evaluated run.
+      ValueError: two runs answered the same study or used different data, or a workdir holds no evaluated run.
     """
     joined: dict[str, Decisions] = {}
     evaluations = []
     for workdir in workdirs:
-        for name in ("decisions.json", "eval.json"):
-            if not (workdir / name).exists():
-                raise ValueError(f"{workdir / name} is missing; run eval.py on this workdir first")
-        evaluations.append(json.loads((workdir / "eval.json").read_text(encoding="utf-8")))
-        for system, heads in json.loads((workdir / "decisions.json").read_text(encoding="utf-8")).items():
+        decisions, evaluation = (_read(workdir / name) for name in ("decisions.json", "eval.json"))
+        evaluations.append(evaluation)
+        for field in ("dataset", "split"):
+            if evaluation[field] != evaluations[0][field]:
+                raise ValueError(
+                    f"{workdir / 'eval.json'}: field '{field}' is '{evaluation[field]}', but "
+                    f"'{evaluations[0][field]}' in {workdirs[0]}; pool runs on the same data"
+                )
+        for system, heads in decisions.items():
             for head, d in heads.items():
                 known = joined.setdefault(system, {}).setdefault(head, {"class_ids": d["class_ids"]})
                 if known["class_ids"] != d["class_ids"]:
@@ -68,6 +72,16 @@ def pool(workdirs: Sequence[pathlib.Path], num_resamples: int = 2000) -> dict[st
         "annotation": {s: report_decisions(heads, num_resamples) for s, heads in joined.items()},
         "pretraining": pretraining,
     }
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ValueError(f"{path} is missing; run eval.py on this workdir first")
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); run eval.py on this workdir again") from error
+    return content
 
 
 def to_markdown(pooled: dict[str, Any]) -> str:
@@ -108,9 +122,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.with_suffix(".json").write_text(json.dumps(pooled, indent=1), encoding="utf-8")
+    # Not with_suffix: it would cut "busi.v1" to "busi".
+    pathlib.Path(f"{args.output}.json").write_text(json.dumps(pooled, indent=1), encoding="utf-8")
     table = to_markdown(pooled)
-    args.output.with_suffix(".md").write_text(table, encoding="utf-8")
+    pathlib.Path(f"{args.output}.md").write_text(table, encoding="utf-8")
     print(table)
     return 0
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import source_folders
 from PIL import Image
 
 from dilbert_jax import datasets
+from dilbert_jax.data.builder import UltrasoundBuilder
 from dilbert_jax.data.record import Record, Region
 
 
@@ -79,12 +81,63 @@ def test_second_prepare_does_no_work_and_changes_are_noticed(folders, monkeypatc
     assert sum(1 for _ in datasets.load_records("busi", manual_dir=source, progress=False)) == 9
 
 
-def test_failed_preparation_leaves_the_earlier_one_or_none(folders):
+def test_failed_preparation_leaves_nothing(folders):
     source, prepared = folders
     with pytest.raises(ValueError, match="does not hold"):
         datasets.prepare("busi", source.parent.parent / "sources", progress=False)
-    assert not list(prepared.rglob("preparation.json"))
+    assert not list(prepared.rglob("*"))
     assert datasets.make_builder("busi").preparation() is None
+
+
+def spoil_a_mask(monkeypatch, source):
+    """A study that strict mode cannot read."""
+    mask = source / "Dataset_BUSI_with_GT" / "malignant" / "malignant (2)_mask.png"
+    source_folders.save(np.zeros((5, 5), np.uint8), mask, "1")
+
+
+def interrupt_reading(monkeypatch, source):
+    """Ctrl-C at the third study."""
+    (source / "note.txt").write_text("a change, so that the source is read again")
+    read, entries = UltrasoundBuilder._read, []
+
+    def read_or_stop(builder, entry):
+        entries.append(entry)
+        if len(entries) == 3:
+            raise KeyboardInterrupt
+        return read(builder, entry)
+
+    monkeypatch.setattr(UltrasoundBuilder, "_read", read_or_stop)
+
+
+def refuse_to_move(monkeypatch, source):
+    """The finished folder cannot take its place."""
+    (source / "note.txt").write_text("a change, so that the source is read again")
+    rename = Path.rename
+
+    def rename_or_fail(path, target):
+        if path.name == Path(target).name:
+            raise OSError("no permission")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_or_fail)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error"),
+    [(spoil_a_mask, ValueError), (interrupt_reading, KeyboardInterrupt), (refuse_to_move, OSError)],
+)
+def test_failed_preparation_leaves_the_earlier_one(folders, monkeypatch, spoil, error):
+    source, prepared = folders
+    datasets.prepare("busi", source, progress=False)
+    before = {p: p.read_bytes() for p in prepared.rglob("*") if p.is_file()}
+    with monkeypatch.context() as context:
+        spoil(context, source)
+        with pytest.raises(error):
+            datasets.prepare("busi", source, strict=True, progress=False)
+    assert {p: p.read_bytes() for p in prepared.rglob("*") if p.is_file()} == before
+    assert [p.name for p in prepared.iterdir()] == ["busi"]
+    assert [p.name for p in (prepared / "busi").iterdir()] == ["1.0.0"]
+    assert len(list(datasets.load_records("busi", progress=False))) == 10
 
 
 def test_data_dir_variable_is_the_default_source(folders, monkeypatch, capsys):

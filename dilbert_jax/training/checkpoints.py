@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -24,7 +25,10 @@ class StageCheckpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, tree: Any) -> None:
+        """Saves a step that is not there yet; what a kill left half-written makes room for it."""
         if step != self.latest_step():
+            for half_written in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(half_written)
             self._manager.save(step, args=ocp.args.StandardSave(tree))
             self._manager.wait_until_finished()
 

@@ -145,8 +145,11 @@ def _run_stage(
     config = experiment.context.config
     optimizer = make_optimizer(stage.optimizer, stage.num_steps)
     schedule = make_schedule(stage.optimizer, stage.num_steps)
-    # A copy: the step donates its state, and the frozen snapshot may be the same arrays.
-    state = steps.TrainState.create(jax.tree.map(jnp.array, stage.params), optimizer)
+    # A copy: the step donates its state, and the frozen snapshot may be the same arrays. Bound to its device
+    # as restored arrays are: for jit, bound and free arrays are two programs to compile.
+    state = jax.device_put(
+        steps.TrainState.create(jax.tree.map(jnp.array, stage.params), optimizer), jax.devices()[0]
+    )
     checkpoints = StageCheckpoints(workdir, stage.name)
     done = checkpoints.latest_step()
     if done is not None:
@@ -200,6 +203,9 @@ def _run_stage(
         metrics_log.write({"stage": stage.name, "step": stage.num_steps, "split": "validation", **validation})
     checkpoints.save(stage.num_steps, state)
     checkpoints.close()
+    if interrupt.requested:  # in the last step
+        _log.info("stopped after stage %s; the same command continues", stage.name)
+        raise KeyboardInterrupt
     return dict(state.params)
 
 
