@@ -146,8 +146,10 @@ class ExampleBuilder:
 
     # -- examples --------------------------------------------------------------------------------------------
 
-    def _visual(self, index: int, rng: np.random.Generator | None, annotated: bool) -> Example:
-        """Frames and regions of one clip."""
+    def _visual(
+        self, index: int, rng: np.random.Generator | None, annotated: bool
+    ) -> tuple[Example, np.ndarray]:
+        """Frames and regions of one clip, and which of its regions are annotated boxes (bool [R])."""
         spec, study = self.spec, self.store.studies[index]
         sampled = self._sample_frames(len(study.frame_index), rng)
         frames = np.asarray(self.store.frames(index)[sampled])
@@ -192,7 +194,7 @@ class ExampleBuilder:
         out_labels[count:end], mask[count:end] = grid_labels, True
 
         frames, frame_mask = pad_frames(frames, spec.num_frames)
-        return {
+        example = {
             "frames": frames,
             "frame_mask": frame_mask,
             "boxes": out_boxes,
@@ -206,6 +208,7 @@ class ExampleBuilder:
             ),
             "study": np.asarray(index, np.int32),
         }
+        return example, np.arange(num_regions) < count
 
     def pretraining(self, index: int, rng: np.random.Generator, *, train: bool = True) -> Example:
         """One corrupted example for MLM, MDC, MOC and CMM (PAPER section 4).
@@ -214,7 +217,7 @@ class ExampleBuilder:
         All randomness comes from `rng`; without `train` frames are evenly sampled and not augmented.
         """
         spec = self.spec
-        example = self._visual(index, rng if train else None, annotated=True)
+        example, _ = self._visual(index, rng if train else None, annotated=True)
         example |= self._targets[index]
 
         hidden = train and rng.random() < spec.report_dropout
@@ -258,8 +261,13 @@ class ExampleBuilder:
         return int(rng.choice(candidates)) if len(candidates) else index
 
     def annotation(self, index: int, rng: np.random.Generator, *, train: bool = True) -> Example:
-        """One example for fine-tuning or evaluation: the clip alone, regions from the grid, no report."""
-        example = self._visual(index, rng if train else None, annotated=False)
+        """One example for fine-tuning or evaluation: the clip alone, regions from the grid, no report.
+
+        In training annotated boxes come along with their labels, masked: the network is asked what they show, and
+        nothing else can look at them, so that no box gives a finding away.
+        """
+        example, is_annotated = self._visual(index, rng if train else None, annotated=train)
+        example["region_mask"] &= ~is_annotated
         if not self.store.studies[index].region_labels:
             # Without annotated boxes every region carries the clip's organ, which is no evidence of a place.
             example["region_labels"] = np.full_like(example["region_labels"], -1)

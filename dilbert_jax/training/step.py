@@ -259,10 +259,10 @@ def annotation_objective(
         )
         values = losses.binary_cross_entropy(logits["match"]["clip"], batch["entities"])
         terms["match"] = losses.masked_mean(values, batch["entities_mask"])
-        # A labelled region belongs to its own entity rather than to any other.
+        # A labelled region belongs to its own entity rather than to any other; masked ones are asked too.
         by_region = jnp.moveaxis(logits["match"]["region"], 1, 2)  # [B, R, E]
         values = losses.cross_entropy(by_region, jnp.maximum(region_entity, 0))
-        terms["grounding"] = losses.masked_mean(values, (region_entity >= 0) & batch["region_mask"])
+        terms["grounding"] = losses.masked_mean(values, region_entity >= 0)
         loss = sum(terms.values(), start=jnp.float32(0.0))
         metrics |= {f"{name}/{key}": value for key, value in {**terms, "loss": loss}.items()}
         total += loss
