@@ -10,9 +10,8 @@ def get_config():
     config = default_config("small")
     config.data.name = "phantom"
     config.data.update(size=64, num_frames=12, max_tokens=96, grid_scales=(1, 3), grid_steps=1)
-    config.data.report_dropout = 0.5  # half of the clips must be read without their report
     config.model.update(num_layers=2, ffn_size=256, stem_patch=(3, 4, 4))
     config.optimizer.warmup_fraction = 0.1
     config.train.batch_size = 16
-    config.train.update(teacher_epochs=28.0, student_epochs=22.0, mutual_epochs=4.0, finetune_epochs=30.0)
+    config.train.update(teacher_epochs=38.0, student_epochs=30.0, mutual_epochs=4.0, finetune_epochs=48.0)
     return config

@@ -54,7 +54,7 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     data.graph_file = ""  # extension of the knowledge graph
     data.min_entity_count = 3
     data.guided_masking = True
-    data.report_dropout = 0.0  # share of pre-training examples shown without their report
+    data.report_dropout = 0.25  # share of pre-training examples shown without their report
     data.augment = True
 
     config.model = model = ml_collections.ConfigDict(MODEL_PRESETS[preset])
@@ -72,7 +72,16 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     optimizer.clip_norm = 1.0
 
     config.loss = loss = ml_collections.ConfigDict()
-    loss.mlm = loss.mdc = loss.moc = loss.cmm = 1.0
+    # The paper weighs the four tasks 1 each and has no summary task (0). Small sets need other weights: MDC and
+    # summary are means over many classes, and without summary matching learns late.
+    loss.mlm, loss.mdc, loss.moc, loss.cmm, loss.summary = 0.5, 5.0, 1.0, 3.0, 15.0
+    loss.organ, loss.condition, loss.findings, loss.match, loss.grounding = (
+        1.0,
+        4.0,
+        1.0,
+        0.5,
+        1.0,
+    )  # fine-tuning
     loss.alpha, loss.beta, loss.gamma = 0.2, 1.0, 0.6
     loss.beta1, loss.beta2 = 2.0, 1.0
     loss.temperature = 1.0
@@ -180,7 +189,20 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     need(
         config.loss.relational_layer in layers, "loss.relational_layer", f"choose one of {', '.join(layers)}"
     )
-    for term in ("mlm", "mdc", "moc", "cmm", "alpha", "beta", "gamma", "beta1", "beta2"):
+    annotation = ("organ", "condition", "findings", "match", "grounding")
+    for term in (
+        "mlm",
+        "mdc",
+        "moc",
+        "cmm",
+        "summary",
+        *annotation,
+        "alpha",
+        "beta",
+        "gamma",
+        "beta1",
+        "beta2",
+    ):
         need(config.loss[term] >= 0, f"loss.{term}", "must not be negative")
     patch = model.stem_patch
     cells = 2 ** len(model.channels)  # the last map keeps at least 2 x 2 cells

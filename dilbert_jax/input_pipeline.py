@@ -95,7 +95,7 @@ class ExampleBuilder:
         labels = self.labels
         statuses = entity_statuses(study, self.graph)
         known_findings = bool(study.findings or study.condition)
-        held = set(study.findings) | {study.condition}
+        held = {*study.findings, study.condition, study.organ}
         return {
             "organ": np.asarray(self._organ.get(study.organ, -1), np.int32),
             "condition": np.asarray(self._condition.get(study.condition, -1), np.int32),
@@ -234,6 +234,8 @@ class ExampleBuilder:
             "mlm_positions": positions.astype(np.int32),
             "mlm_targets": masked.targets[positions],
             "mlm_mask": mlm_mask,
+            "report_classes": self._targets[partner]["classes"],
+            "report_classes_mask": self._targets[partner]["classes_mask"] & (not hidden),
             "matched": np.asarray(partner == index),
             "cmm_mask": self._has_report[index] & (not hidden),
         }

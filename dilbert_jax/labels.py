@@ -17,7 +17,7 @@ class LabelSpace:
 
     Attributes:
       organs, conditions, findings: targets of fine-tuning.
-      classes: findings and conditions together, the classes of masked description classification (D9).
+      classes: findings, conditions and organs together, the classes of masked description classification (D9).
       regions: organ and tissue classes of masked organ classification.
       entities: candidates that annotation matches with regions and frames.
     """
@@ -30,7 +30,7 @@ class LabelSpace:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return self.findings + self.conditions
+        return self.findings + self.conditions + self.organs
 
     def save(self, path: pathlib.Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False), encoding="utf-8")

@@ -37,7 +37,7 @@ def train_and_report(config: Any, workdir: pathlib.Path, command: str = "") -> p
       NonFiniteLossError: training diverged.
     """
     check_config(config)
-    report = workdir / "report.html"
+    report = workdir / ("report.html" if config.train.evaluate_after else "metrics.jsonl")
     if loop.is_complete(workdir) and report.exists():
         check_same_config(config, workdir)
         _log.info("all stages of %s are complete", workdir)
@@ -49,7 +49,5 @@ def train_and_report(config: Any, workdir: pathlib.Path, command: str = "") -> p
     loop.train(experiment, workdir)
     if config.train.evaluate_after:
         evaluate(config, workdir, command=command)
-    else:
-        report = workdir / "metrics.jsonl"
     loop.mark_complete(workdir, time.monotonic() - started)
     return report

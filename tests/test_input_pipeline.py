@@ -343,6 +343,26 @@ def test_a_study_without_report_is_left_out_of_matching(builder):
     assert builder.pretraining(0, np.random.default_rng(0))["cmm_mask"]
 
 
+def test_a_shown_report_brings_the_classes_of_its_own_study(builder):
+    own = {s.report: builder.targets(i)["classes"] for i, s in enumerate(builder.store.studies)}
+    by_ids = {
+        tuple(r.token_ids.tolist()): s.report
+        for r, s in zip(builder.reports, builder.store.studies, strict=True)
+    }
+    seen = set()
+    for seed in range(60):
+        e = builder.pretraining(0, np.random.default_rng(seed))
+        restored = e["token_ids"].copy()
+        restored[e["mlm_positions"][e["mlm_mask"]]] = e["mlm_targets"][e["mlm_mask"]]
+        report = by_ids[tuple(restored.tolist())]
+        np.testing.assert_array_equal(e["report_classes"], own[report])
+        np.testing.assert_array_equal(e["classes"], builder.targets(0)["classes"])
+        seen.add(bool(e["matched"]))
+    assert seen == {True, False}
+    blank = make_builder(report_dropout=0.999).pretraining(0, np.random.default_rng(0))
+    assert not blank["report_classes_mask"] and blank["classes_mask"]
+
+
 # --- labels ---------------------------------------------------------------------------------------------
 
 
@@ -354,6 +374,7 @@ def test_unknown_labels_are_marked_unknown(builder):
     assert [c for c, held in zip(labels.classes, known["classes"], strict=True) if held] == [
         "anechoic",
         "cyst",
+        "liver",
     ]
 
 
@@ -405,14 +426,14 @@ def test_pretraining_shows_annotated_boxes_and_keeps_to_the_limit(builder):
     assert without["region_mask"].sum() == SPEC.num_grid_regions
 
 
-def test_annotation_examples_hold_no_report_and_no_annotated_box(builder):
+def test_annotation_examples_hold_no_report_and_show_no_annotated_box(builder):
     tokenizer = builder.tokenizer
     for index, train in itertools.product(range(6), (True, False)):
         example = builder.annotation(index, np.random.default_rng(index), train=train)
         assert example["token_ids"].tolist() == [tokenizer.cls_id, tokenizer.sep_id]
         assert example["token_types"].tolist() == [0, 0] and example["token_mask"].all()
-        assert example["boxes"].shape == (SPEC.num_grid_regions, 4)
-        # The places are the grid's alone: they follow from the sector, whatever the annotation says.
+        assert example["region_mask"].sum() == SPEC.num_grid_regions
+        # The places in view are the grid's alone: they follow from the sector, whatever the annotation says.
         plain = dataclasses.replace(
             builder.store.studies[index],
             region_frames=(),
@@ -426,10 +447,24 @@ def test_annotation_examples_hold_no_report_and_no_annotated_box(builder):
         blind = ExampleBuilder(
             dataclasses.replace(builder.store, studies=tuple(studies)), builder.labels, SPEC, tokenizer, GRAPH
         ).annotation(index, np.random.default_rng(index), train=train)
-        for name in ("frames", "frame_mask", "boxes", "box_frames", "region_mask", "token_ids"):
+        for name in ("frames", "frame_mask", "token_ids"):
             np.testing.assert_array_equal(example[name], blind[name], err_msg=name)
+        for name in ("boxes", "box_frames"):
+            grid, blind_grid = (e[name][e["region_mask"]] for e in (example, blind))
+            np.testing.assert_array_equal(grid, blind_grid, err_msg=name)
         if index % 2:
             assert (example["region_labels"] == -1).all()
+
+
+def test_fine_tuning_asks_what_annotated_boxes_show_and_evaluation_does_not(builder):
+    study = builder.store.studies[0]
+    example = builder.annotation(0, np.random.default_rng(3), train=True)
+    asked = ~example["region_mask"] & (example["region_labels"] >= 0)
+    assert asked.sum() == 3 == SPEC.max_annotated_regions
+    labels = [builder.labels.regions[i] for i in example["region_labels"][asked]]
+    assert set(labels) <= set(study.region_labels)
+    assert example["boxes"].shape == (SPEC.num_grid_regions + 3, 4)
+    assert builder.annotation(0, np.random.default_rng(3), train=False)["region_mask"].all()
 
 
 # --- batches --------------------------------------------------------------------------------------------

@@ -36,10 +36,10 @@ def test_ids_stand_in_the_order_of_the_graph_whatever_the_order_of_the_data():
     assert reverse == labels
 
 
-def test_organs_are_region_classes_too_and_classes_join_findings_and_conditions():
+def test_organs_are_region_classes_too_and_classes_join_findings_conditions_and_organs():
     labels = build()
     assert set(labels.regions) == {"lesion", "vessel", "kidney", "liver"}
-    assert labels.classes == labels.findings + labels.conditions
+    assert labels.classes == labels.findings + labels.conditions + labels.organs
 
 
 def test_rare_entities_are_no_candidates():

@@ -92,6 +92,7 @@ def test_shapes_of_all_heads(params):
     assert tasks["mdc"].shape == (B, A, 5)
     assert tasks["moc"].shape == (B, R, 4)
     assert tasks["cmm"].shape == (B, 2)
+    assert tasks["summary"].shape == (B, 2, 5)
     assert annotation["organ"].shape == (B, 3)
     assert annotation["match"]["region"].shape == (B, E, R)
     assert annotation["match"]["frame"].shape == (B, E, A)

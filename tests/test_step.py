@@ -66,15 +66,57 @@ def test_mutual_loss_is_equation_13(networks, frozen):
     for name in ("teacher", "student"):
         t = {
             key: float(terms[f"{name}/{key}"])
-            for key in (*steps.TASKS, "distance", "angle", "response", "self")
+            for key in (*steps.PAPER_TASKS, "distance", "angle", "response", "self")
         }
-        supervised = sum(t[task] for task in steps.TASKS)
+        supervised = sum(t[task] for task in steps.PAPER_TASKS)
         learned = t["distance"] + 3.0 * t["angle"] + 0.5 * t["response"]
         expected = 0.3 * supervised + 0.7 * learned + 0.9 * t["self"]
         np.testing.assert_allclose(float(terms[f"{name}/loss"]), expected, rtol=1e-5)
         assert min(t["response"], t["self"], t["angle"], t["distance"]) > 0
     np.testing.assert_allclose(float(terms["teacher/angle"]), float(terms["student/angle"]), rtol=1e-5)
     np.testing.assert_allclose(float(total), float(terms["teacher/loss"] + terms["student/loss"]), rtol=1e-6)
+
+
+def test_without_a_weight_the_summary_task_does_not_exist(networks, frozen):
+    batch = make_batch()
+    _, terms = mutual(networks, frozen, to_device(batch), LOSS)
+    assert not any(name.endswith("/summary") for name in terms)
+    batch["report_classes"] = ~batch["report_classes"]
+    total, _ = mutual(networks, frozen, to_device(batch), LOSS)
+    np.testing.assert_allclose(total, terms["teacher/loss"] + terms["student/loss"], rtol=1e-6)
+
+
+def test_summary_is_the_mean_of_both_sides_and_counts_mismatched_pairs(networks, frozen):
+    batch = make_batch()
+    batch["report_classes_mask"][:2] = False
+    logits, _ = steps.pretraining_forward(MODEL, networks["teacher"], to_device(batch), None)
+    z = np.asarray(logits["summary"], np.float64)
+    target = np.stack([batch["classes"], batch["report_classes"]], axis=1)
+    entropy = np.logaddexp(0.0, np.where(target, -z, z)).mean(-1)
+    counted = np.concatenate([entropy[:, 0], entropy[2:, 1]])
+    masks = steps.task_masks(to_device(batch))
+    found = steps.task_losses(logits, to_device(batch), masks)["summary"]
+    np.testing.assert_allclose(float(found), counted.mean(), rtol=1e-5)
+    config = dataclasses.replace(LOSS, summary=2.0)
+    plain, with_it = (mutual(networks, frozen, to_device(batch), c)[1] for c in (LOSS, config))
+    extra = 2.0 * LOSS.alpha * float(with_it["teacher/summary"])
+    assert float(with_it["teacher/loss"]) > float(plain["teacher/loss"]) + 0.9 * extra
+
+
+def test_weights_of_fine_tuning_weigh_their_own_term(networks):
+    batch = to_device(make_batch())
+    names = tuple(map(jnp.asarray, NAMES))
+
+    def losses(config):
+        return steps.annotation_objective(
+            MODEL, config, networks, names, jnp.asarray([0, 1, -1, 2]), batch, RNG
+        )[1]
+
+    plain = losses(LOSS)
+    for term in ("organ", "condition", "findings", "match", "grounding"):
+        doubled = losses(dataclasses.replace(LOSS, **{term: 2.0}))
+        expected = plain["student/loss"] + plain[f"student/{term}"]
+        np.testing.assert_allclose(doubled["student/loss"], expected, rtol=1e-5)
 
 
 def test_a_network_equal_to_its_snapshot_has_no_self_distillation(networks):
@@ -147,7 +189,7 @@ def test_annotation_overfits_a_tiny_batch(networks):
     names = tuple(map(jnp.asarray, NAMES))
 
     def objective(params, frozen, b, rng):
-        return steps.annotation_objective(MODEL, params, names, jnp.asarray([0, 1, -1, 2]), b, rng)
+        return steps.annotation_objective(MODEL, LOSS, params, names, jnp.asarray([0, 1, -1, 2]), b, rng)
 
     state, losses = run_steps(objective, networks, {}, to_device(batch), 80)
     assert losses[-1] < 0.35 * losses[0]

@@ -19,7 +19,7 @@ from dilbert_jax.training import step as steps
 from dilbert_jax.training.checkpoints import StageCheckpoints
 from dilbert_jax.training.log import MetricsLog, read_metrics
 
-TASKS = ("mlm", "mdc", "moc", "cmm")
+TASKS = ("mlm", "mdc", "moc", "cmm", "summary")
 
 # One worker runs both files: they share one trained run.
 pytestmark = pytest.mark.xdist_group("trained")

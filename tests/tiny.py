@@ -50,6 +50,8 @@ def make_batch(seed: int = 0, batch_size: int = B) -> dict[str, np.ndarray]:
         "findings_mask": np.ones(n, bool),
         "classes": rng.random((n, C)) < 0.4,
         "classes_mask": np.ones(n, bool),
+        "report_classes": rng.random((n, C)) < 0.4,
+        "report_classes_mask": np.ones(n, bool),
         "entities": rng.random((n, E)) < 0.4,
         "entities_mask": np.ones((n, E), bool),
     }

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,7 +13,7 @@ import tensorflow_datasets as tfds
 from dilbert_jax.data.builder import UltrasoundBuilder
 from dilbert_jax.data.phantom.plan import study_count
 from dilbert_jax.data.phantom.study import generate_study, name_study, plan_study
-from dilbert_jax.data.record import Record, StudyEntry
+from dilbert_jax.data.record import StudyEntry
 
 
 @dataclasses.dataclass
@@ -49,7 +47,6 @@ class Builder(UltrasoundBuilder):
         del manual_dir
         config = self.builder_config
         indices = [(p, s) for p in range(config.num_patients) for s in range(study_count(p))]
-        ahead = _Ahead(config.seed, indices)
         for patient, study in indices:
             study_id, group_id = name_study(patient, study)
             plan = plan_study(config.seed, patient, study)
@@ -58,32 +55,5 @@ class Builder(UltrasoundBuilder):
                 group_id=group_id,
                 stratum=plan.condition,
                 source=f"patient {patient}, study {study}",
-                read=functools.partial(ahead.read, patient, study),
+                read=functools.partial(generate_study, config.seed, patient, study),
             )
-
-
-class _Ahead:
-    """Generates studies on all cores while earlier ones are being written; each is pure in its indices.
-
-    Threads suffice: NumPy releases the interpreter lock in array operations.
-    """
-
-    def __init__(self, seed: int, indices: list[tuple[int, int]]):
-        self._seed = seed
-        self._indices = indices
-        self._executor: ThreadPoolExecutor | None = None
-        self._futures: dict[tuple[int, int], Future[Record]] = {}
-
-    def read(self, patient: int, study: int) -> Record:
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(min(os.cpu_count() or 1, 8))
-            for index in self._indices:
-                self._futures[index] = self._executor.submit(generate_study, self._seed, *index)
-        try:
-            return self._futures.pop((patient, study)).result()
-        except BaseException:
-            self._executor.shutdown(wait=False, cancel_futures=True)
-            raise
-        finally:
-            if not self._futures:
-                self._executor.shutdown(wait=False)

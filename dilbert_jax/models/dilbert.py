@@ -10,8 +10,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from dilbert_jax.models.attention import LAYER_NORM_EPSILON
 from dilbert_jax.models.conv3d import VideoEncoder
-from dilbert_jax.models.embeddings import DescriptionEmbedding, EntityEmbedding, RegionEmbedding
+from dilbert_jax.models.embeddings import (
+    NUM_TOKEN_TYPES,
+    DescriptionEmbedding,
+    EntityEmbedding,
+    RegionEmbedding,
+)
 from dilbert_jax.models.heads import ClassHead, MatchHead, Pooler, Transform
 from dilbert_jax.models.regions import pool_regions
 from dilbert_jax.models.tangled import TangledBlock
@@ -95,6 +101,7 @@ class Dilbert(nn.Module):
             TangledBlock(c.hidden_size, c.num_heads, c.ffn_size, c.dropout, dtype)
             for _ in range(c.num_layers)
         ]
+        self.overview_norm = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=dtype)
         self.pool_entity = Pooler(c.hidden_size, dtype)
         self.pool_description = Pooler(c.hidden_size, dtype)
         self.pool_region = Pooler(c.hidden_size, dtype)
@@ -102,7 +109,7 @@ class Dilbert(nn.Module):
         self.mlm_bias = self.param("mlm_bias", nn.initializers.zeros, (c.vocab_size,))
         self.mdc = ClassHead(c.hidden_size, c.num_classes, dtype)
         self.moc = ClassHead(c.hidden_size, c.num_region_classes, dtype)
-        self.cmm = nn.Dense(2, dtype=jnp.float32)
+        self.cmm = nn.Dense(2, dtype=jnp.float32, kernel_init=nn.initializers.normal(0.02))
         self.organ = ClassHead(c.hidden_size, c.num_organs, dtype)
         self.condition = ClassHead(c.hidden_size, c.num_conditions, dtype)
         self.findings = ClassHead(c.hidden_size, c.num_findings, dtype)
@@ -139,7 +146,10 @@ class Dilbert(nn.Module):
         step_mask = frame_mask.reshape(batch, num_frames // patch, patch).any(-1)  # [B, A]
         features = self.video(normalize_frames(frames, frame_mask), step_mask)  # [B, A, H', W', C]
 
-        description = features.mean(axis=(2, 3))  # [B, A, C]
+        # The mean says what a step is like, the maximum keeps what shows in a small place.
+        description = jnp.concatenate(
+            [features.mean(axis=(2, 3)), features.max(axis=(2, 3))], -1
+        )  # [B, A, 2 C]
         if description_zeroed is not None:
             description = jnp.where(description_zeroed[..., None], 0.0, description)
 
@@ -155,17 +165,20 @@ class Dilbert(nn.Module):
             "description": self.description_embedding(description, deterministic),
             "region": self.region_embedding(region, boxes, times, deterministic),
         }
+        # Both sides of the matching keep a view that has not met the other: the named entities as they stand in the
+        # report, and the 3-D CNN's overview. What the blocks mix follows the report, also where it is the wrong one.
+        named = _mean_by_type(streams["entity"], token_types, token_mask)
         masks = {"entity": token_mask, "description": step_mask, "region": region_mask}
         cross_weights: dict[str, Array] = {}
         for layer in self.layers:
             streams, cross_weights = layer(streams, masks, deterministic)
-        overview = _overview(features, step_mask)
+        overview = self.overview_norm(_overview(features, step_mask))
         # [CLS] as in BERT, and the maximum: the few words that name organ and disease drown in a mean.
-        words = jnp.concatenate([streams["entity"][:, 0], _max_valid(streams["entity"], token_mask)], axis=-1)
+        words = [streams["entity"][:, 0], _max_valid(streams["entity"], token_mask), named]
         # The description is the clip's overall appearance: its pooled vector sees the 3-D CNN's map directly too.
         appearance = jnp.concatenate([_mean_valid(streams["description"], step_mask), overview], axis=-1)
         pooled = {
-            "entity": self.pool_entity(words),
+            "entity": self.pool_entity(jnp.concatenate(words, axis=-1)),
             "description": self.pool_description(appearance),
             "region": self.pool_region(_mean_valid(streams["region"], region_mask)),
         }
@@ -181,7 +194,8 @@ class Dilbert(nn.Module):
 
         Returns:
           `mlm` [B, M, V], `mdc` [B, A, num_classes] (independent sigmoids), `moc` [B, R, num_region_classes],
-          `cmm` [B, 2] (class 1: report and clip belong together).
+          `cmm` [B, 2] (class 1: report and clip belong together), `summary` [B, 2, num_classes] (what the pooled
+          description and the pooled report each say of the classes, by the head of `mdc`).
         """
         tokens = jnp.take_along_axis(encoded.streams["entity"], mlm_positions[..., None], axis=1)
         mlm = self.entity_embedding.attend(self.mlm_transform(tokens)).astype(jnp.float32) + self.mlm_bias
@@ -190,6 +204,7 @@ class Dilbert(nn.Module):
             "mdc": self.mdc(encoded.streams["description"]),
             "moc": self.moc(encoded.streams["region"]),
             "cmm": self.cmm(encoded.fused.astype(jnp.float32)),
+            "summary": self.mdc(jnp.stack([encoded.pooled["description"], encoded.pooled["entity"]], axis=1)),
         }
 
     def annotate(self, encoded: Encoded, entity_names: Array, entity_names_mask: Array) -> dict[str, Any]:
@@ -249,6 +264,13 @@ def _mean_valid(x: Array, mask: Array) -> Array:
     """Mean over the second to last axis of [..., S, D] where mask [..., S]; zero when nothing is valid."""
     weight = mask[..., None].astype(x.dtype)
     return (x * weight).sum(-2) / jnp.maximum(weight.sum(-2), 1.0)
+
+
+def _mean_by_type(x: Array, token_types: Array, mask: Array) -> Array:
+    """Means of x [B, L, D] over the valid tokens of each entity type, side by side [B, types * D]; zero for none."""
+    kinds = jnp.arange(1, NUM_TOKEN_TYPES)  # type 0 is outside of any entity
+    of_type = (token_types[:, None, :] == kinds[:, None]) & mask[:, None, :]  # [B, types, L]
+    return _mean_valid(x[:, None], of_type).reshape(x.shape[0], -1)
 
 
 def _max_valid(x: Array, mask: Array) -> Array:

@@ -14,14 +14,19 @@ Array = jax.Array
 
 
 class Pooler(nn.Module):
-    """tanh(Linear(x)) of one vector per clip: the first token, or the mean of the valid tokens."""
+    """LN(Linear(x)) of one vector per clip.
+
+    BERT's tanh saturates here: what is common to all clips is large in the pooled streams, and the product of two
+    such vectors, which matching looks at, then hardly differs between clips.
+    """
 
     hidden_size: int
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return jnp.tanh(nn.Dense(self.hidden_size, dtype=self.dtype, name="dense")(x))
+        x = nn.Dense(self.hidden_size, dtype=self.dtype, name="dense")(x)
+        return nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(x)
 
 
 class Transform(nn.Module):

@@ -133,7 +133,7 @@ def _make_stage(name: str, experiment: Experiment, params: Mapping[str, Any]) ->
         entity_of_region = jnp.asarray(context.entity_of_region)
 
         def objective(p: Any, f: Any, b: Any, r: Any) -> Any:
-            return steps.annotation_objective(model, p, names, entity_of_region, b, r)
+            return steps.annotation_objective(model, loss, p, names, entity_of_region, b, r)
 
     return Stage(name, objective, start, frozen, optimizer, num_steps, per_epoch, batches)
 

@@ -7,7 +7,7 @@ step: it is never closed over and never in the optimizer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +24,9 @@ Array = jax.Array
 Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
-TASKS = ("mlm", "mdc", "moc", "cmm")
+PAPER_TASKS = ("mlm", "mdc", "moc", "cmm")
+TASKS = (*PAPER_TASKS, "summary")
+MULTI_LABEL = ("mdc", "summary")
 PEER = {"teacher": "student", "student": "teacher"}
 VISUAL = (
     "frames",
@@ -44,6 +46,10 @@ class LossConfig:
 
     Attributes:
       mlm, mdc, moc, cmm: weights of the pre-training tasks.
+      summary: weight of classifying the pooled vectors (not in the paper): the description by the clip's classes, also
+        where the report is another's, and the report by those of its own study. One head reads both, which gives
+        matching two vectors in the same coordinates. 0 = as the paper.
+      organ, condition, findings, match, grounding: weights of the terms of fine-tuning.
       alpha, beta, gamma: supervised, mutual and self-distillation weights of (13).
       beta1, beta2: angle within relational (9), response within mutual (10).
       temperature: T of (11) and of the teacher's soft labels; scale_by_square multiplies those by T squared.
@@ -56,6 +62,12 @@ class LossConfig:
     mdc: float = 1.0
     moc: float = 1.0
     cmm: float = 1.0
+    summary: float = 0.0
+    organ: float = 1.0
+    condition: float = 1.0
+    findings: float = 1.0
+    match: float = 1.0
+    grounding: float = 1.0
     alpha: float = 0.2
     beta: float = 1.0
     gamma: float = 0.6
@@ -66,6 +78,11 @@ class LossConfig:
     reduction: Reduction = "mean"
     relational_layer: str = "fused"
     all_pairs: bool = False
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The pre-training tasks in use: the paper's four, and `summary` where it has a weight."""
+        return TASKS if self.summary else PAPER_TASKS
 
 
 @flax.struct.dataclass
@@ -108,19 +125,24 @@ def task_masks(batch: Batch, all_pairs: bool = False) -> dict[str, Array]:
         "mdc": batch["description_target"] & (matched & batch["classes_mask"])[:, None],
         "moc": batch["region_target"] & matched[:, None],
         "cmm": batch["cmm_mask"],
+        "summary": jnp.stack([batch["classes_mask"], batch["report_classes_mask"]], axis=1),
     }
 
 
 def task_losses(logits: Mapping[str, Array], batch: Batch, masks: Mapping[str, Array]) -> dict[str, Array]:
     """Supervised loss of each task (12), a mean over its valid positions; exactly 0 where there is none."""
-    classes = jnp.broadcast_to(batch["classes"][:, None, :], logits["mdc"].shape)
+    classes = {
+        "mdc": jnp.broadcast_to(batch["classes"][:, None, :], logits["mdc"].shape),
+        "summary": jnp.stack([batch["classes"], batch["report_classes"]], axis=1),
+    }
     values = {
         "mlm": losses.cross_entropy(logits["mlm"], batch["mlm_targets"]),
-        # A mean over classes that is 0, not NaN, for a data set without any.
-        "mdc": losses.binary_cross_entropy(logits["mdc"], classes).sum(-1) / max(classes.shape[-1], 1),
         "moc": losses.cross_entropy(logits["moc"], jnp.maximum(batch["region_labels"], 0)),
         "cmm": losses.cross_entropy(logits["cmm"], batch["matched"].astype(jnp.int32)),
     }
+    for task, target in classes.items():
+        # A mean over classes that is 0, not NaN, for a data set without any.
+        values[task] = losses.binary_cross_entropy(logits[task], target).sum(-1) / max(target.shape[-1], 1)
     return {task: losses.masked_mean(values[task], masks[task]) for task in TASKS}
 
 
@@ -130,11 +152,12 @@ def soften(
     masks: Mapping[str, Array],
     temperature: float,
     square: bool,
+    tasks: Sequence[str] = PAPER_TASKS,
 ) -> Array:
     """Response terms (3) and (11): KL from `target`'s distribution, summed over the task heads (D18)."""
     total = jnp.float32(0.0)
-    for task in TASKS:
-        compare = losses.binary_response_loss if task == "mdc" else losses.response_loss
+    for task in tasks:
+        compare = losses.binary_response_loss if task in MULTI_LABEL else losses.response_loss
         total += compare(logits[task], target[task], temperature=temperature, mask=masks[task])
     return total * (temperature**2 if square else 1.0)
 
@@ -158,13 +181,13 @@ def pretraining_objective(
     for index, (name, network) in enumerate(params.items()):
         logits, _ = pretraining_forward(model, network, batch, jax.random.fold_in(rng, index))
         supervised = task_losses(logits, batch, masks)
-        loss = sum(getattr(config, task) * supervised[task] for task in TASKS)
-        metrics |= {f"{name}/{task}": supervised[task] for task in TASKS}
+        loss = sum(getattr(config, task) * supervised[task] for task in config.tasks)
+        metrics |= {f"{name}/{task}": supervised[task] for task in config.tasks}
         if teacher is not None:
             soft, _ = pretraining_forward(model, teacher, batch, None)
             soft = jax.lax.stop_gradient(soft)
             metrics[f"{name}/soft_labels"] = soften(
-                logits, soft, masks, config.temperature, config.scale_by_square
+                logits, soft, masks, config.temperature, config.scale_by_square, config.tasks
             )
             loss += metrics[f"{name}/soft_labels"]
         metrics[f"{name}/loss"] = loss
@@ -192,10 +215,11 @@ def mutual_objective(
     metrics: Metrics = {}
     for name, peer in PEER.items():
         supervised = task_losses(logits[name], batch, masks)
-        cross_entropy = sum(getattr(config, task) * supervised[task] for task in TASKS)
+        supervised = {task: supervised[task] for task in config.tasks}
+        cross_entropy = sum(getattr(config, task) * value for task, value in supervised.items())
         target = jax.lax.stop_gradient(logits[peer])
         terms = {
-            "response": soften(logits[name], target, masks, 1.0, False),
+            "response": soften(logits[name], target, masks, 1.0, False, config.tasks),
             "distance": distance_loss(vectors[name], vectors[peer], reduction=config.reduction),
             "angle": angle_loss(vectors[name], vectors[peer], reduction=config.reduction),
             "self": soften(
@@ -204,6 +228,7 @@ def mutual_objective(
                 masks,
                 config.temperature,
                 config.scale_by_square,
+                config.tasks,
             ),
         }
         relational = terms["distance"] + config.beta1 * terms["angle"]  # (9)
@@ -231,6 +256,7 @@ def annotation_forward(
 
 def annotation_objective(
     model: Dilbert,
+    config: LossConfig,
     params: Params,
     names: tuple[Array, Array],
     entity_of_region: Array,
@@ -263,7 +289,7 @@ def annotation_objective(
         by_region = jnp.moveaxis(logits["match"]["region"], 1, 2)  # [B, R, E]
         values = losses.cross_entropy(by_region, jnp.maximum(region_entity, 0))
         terms["grounding"] = losses.masked_mean(values, region_entity >= 0)
-        loss = sum(terms.values(), start=jnp.float32(0.0))
+        loss = sum((getattr(config, term) * value for term, value in terms.items()), start=jnp.float32(0.0))
         metrics |= {f"{name}/{key}": value for key, value in {**terms, "loss": loss}.items()}
         total += loss
     return total, metrics
