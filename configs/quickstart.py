@@ -13,5 +13,5 @@ def get_config():
     config.model.update(num_layers=2, ffn_size=256, stem_patch=(3, 4, 4))
     config.optimizer.warmup_fraction = 0.1
     config.train.batch_size = 16
-    config.train.update(teacher_epochs=38.0, student_epochs=30.0, mutual_epochs=4.0, finetune_epochs=48.0)
+    config.train.update(teacher_epochs=34.0, student_epochs=34.0, mutual_epochs=5.0, finetune_epochs=48.0)
     return config

@@ -38,7 +38,14 @@ def conv3d(x: Array, kernel: Array, strides: Sequence[int] = (1, 1, 1)) -> Array
         return lax.conv_general_dilated(
             x, kernel, strides, padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
         )
-    # XLA:CPU runs a sum of 2-D convolutions over the temporal taps several times faster than one in 3-D.
+    if tuple(strides) == (1, 1, 1):
+        return _conv3d_stride_1(x, kernel)
+    return _sum_over_taps(x, kernel, strides)
+
+
+def _sum_over_taps(x: Array, kernel: Array, strides: Sequence[int]) -> Array:
+    """`conv3d` as a sum of 2-D convolutions over the temporal taps, several times faster than 3-D on XLA:CPU."""
+    padding = [((size - 1) // 2, (size - 1) // 2) for size in kernel.shape[:3]]
     batch, _, height, width, channels = x.shape
     x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
     steps = (x.shape[1] - kernel.shape[0]) // strides[0] + 1
@@ -55,6 +62,43 @@ def conv3d(x: Array, kernel: Array, strides: Sequence[int] = (1, 1, 1)) -> Array
         out = y if out is None else out + y
     assert out is not None
     return out.reshape(batch, steps, *out.shape[1:])
+
+
+@jax.custom_vjp
+def _conv3d_stride_1(x: Array, kernel: Array) -> Array:
+    return _sum_over_taps(x, kernel, (1, 1, 1))
+
+
+def _conv3d_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _conv3d_stride_1(x, kernel), (x, kernel)
+
+
+def _conv3d_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    """The input's gradient is a convolution with the kernel turned round; the kernel's is one matrix product a tap.
+
+    XLA:CPU derives slower convolutions: about 1.3 times the time of this pass at the sizes of the small presets.
+    """
+    x, kernel = saved
+    turned = jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)
+    input_gradient = _sum_over_taps(gradient, turned, (1, 1, 1))
+    taps, rows, columns, channels, features = kernel.shape
+    time, height, width = x.shape[1:4]
+    half = (taps - 1) // 2, (rows - 1) // 2, (columns - 1) // 2
+    x = jnp.pad(x, ((0, 0), (0, 0), (half[1], half[1]), (half[2], half[2]), (0, 0)))
+    gradient = jnp.pad(gradient, ((0, 0), (half[0], half[0]), (0, 0), (0, 0), (0, 0)))
+    # Input frame t meets the gradient of output frame t - tap + half: all temporal taps share one product.
+    shifted = [gradient[:, 2 * half[0] - tap : 2 * half[0] - tap + time] for tap in range(taps)]
+    by_frame = jnp.concatenate(shifted, axis=-1).reshape(-1, taps * features)
+    products = [
+        x[:, :, row : row + height, column : column + width].reshape(-1, channels).T @ by_frame
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    kernel_gradient = jnp.stack(products).reshape(rows, columns, channels, taps, features)
+    return input_gradient, kernel_gradient.transpose(3, 0, 1, 2, 4)
+
+
+_conv3d_stride_1.defvjp(_conv3d_forward, _conv3d_backward)
 
 
 def patchify(x: Array, patch: Sequence[int]) -> Array:
