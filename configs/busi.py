@@ -13,6 +13,6 @@ def get_config():
     config.data.update(name="busi", folds=5, size=96, num_frames=1, stored_frames=1)
     config.data.update(grid_scales=(1, 2, 4), grid_steps=1, max_annotated_regions=3, vocab_size=600)
     config.model.stem_patch = (1, 4, 4)  # a still has one frame
-    config.train.update(batch_size=16, teacher_epochs=45.0, student_epochs=35.0, mutual_epochs=6.0)
-    config.train.update(finetune_epochs=90.0)
+    config.train.update(batch_size=16, teacher_epochs=30.0, student_epochs=25.0, mutual_epochs=4.0)
+    config.train.update(finetune_epochs=50.0)
     return config

@@ -11,6 +11,6 @@ def get_config():
     config.data.update(name="pocus", folds=5, size=64, num_frames=16, stored_frames=64, vocab_size=800)
     config.data.update(min_entity_count=4)
     config.model.stem_patch = (4, 4, 4)
-    config.train.update(batch_size=16, teacher_epochs=70.0, student_epochs=50.0, mutual_epochs=8.0)
-    config.train.update(finetune_epochs=120.0)
+    config.train.update(batch_size=16, teacher_epochs=45.0, student_epochs=35.0, mutual_epochs=5.0)
+    config.train.update(finetune_epochs=70.0)
     return config

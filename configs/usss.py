@@ -11,6 +11,6 @@ from dilbert_jax.config import default_config
 def get_config():
     config = default_config("small")
     config.data.update(name="usss", size=64, num_frames=8, stored_frames=8, vocab_size=500)
-    config.train.update(batch_size=16, teacher_epochs=60.0, student_epochs=50.0, mutual_epochs=8.0)
-    config.train.update(finetune_epochs=60.0)
+    config.train.update(batch_size=16, teacher_epochs=45.0, student_epochs=35.0, mutual_epochs=6.0)
+    config.train.update(finetune_epochs=50.0)
     return config

@@ -294,6 +294,23 @@ def test_native_dicom_keeps_its_values(tmp_path, syntax):
     assert result.decoder == f"pydicom {pydicom.__version__}"
 
 
+def test_a_decoder_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(dicom._PLUGINS, JPEG2000Lossless, ("pylibjpeg", "pylibjpeg-elsewhere"))
+    data = encapsulate([encode(make_gray(1, 24, 40)[0], "JPEG2000", no_jp2=True)])
+    write_dicom(tmp_path / "a.dcm", data, syntax=JPEG2000Lossless, Rows=24, Columns=40, NumberOfFrames=1)
+    with pytest.raises(MediaError, match=r"a\.dcm: is compressed as .*pip install pylibjpeg-elsewhere"):
+        read_raw(tmp_path / "a.dcm")
+
+
+def test_jpeg_ls_returns_the_values_of_the_same_image_uncompressed():
+    compressed, native = (
+        read_raw(get_testdata_file(name, download=False))
+        for name in ("MR_small_jpeg_ls_lossless.dcm", "MR_small.dcm")
+    )
+    np.testing.assert_array_equal(compressed.frames, native.frames)
+    assert "python-gdcm" in compressed.decoder
+
+
 def test_compressed_dicom_names_its_one_decoder(tmp_path):
     frames = make_gray(3, 24, 40)
     for syntax, image_format, package in (

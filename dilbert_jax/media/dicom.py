@@ -35,15 +35,16 @@ _HEADER_TAGS = [
 ]  # fmt: skip
 
 # One decoder a transfer syntax, since decoders differ by up to five grey levels on lossy JPEG. Pillow
-# (libjpeg-turbo) takes 8-bit JPEG; 12-bit and lossless JPEG, JPEG-LS and JPEG 2000 need pylibjpeg. RLE stays
+# (libjpeg-turbo) takes 8-bit JPEG, gdcm lossless JPEG and JPEG-LS, pylibjpeg JPEG 2000. Only pylibjpeg-libjpeg reads
+# 12-bit JPEG; its licence is GPL-3, so whoever needs it installs it (the extra "jpeg12"). RLE stays
 # with pydicom's slower own decoder, because pylibjpeg-rle panics on damaged data and prints to the terminal.
 _PLUGINS = {
     uid.JPEGBaseline8Bit: ("pillow", "pillow"),
     uid.JPEGExtended12Bit: ("pylibjpeg", "pylibjpeg-libjpeg"),
-    uid.JPEGLossless: ("pylibjpeg", "pylibjpeg-libjpeg"),
-    uid.JPEGLosslessSV1: ("pylibjpeg", "pylibjpeg-libjpeg"),
-    uid.JPEGLSLossless: ("pylibjpeg", "pylibjpeg-libjpeg"),
-    uid.JPEGLSNearLossless: ("pylibjpeg", "pylibjpeg-libjpeg"),
+    uid.JPEGLossless: ("gdcm", "python-gdcm"),
+    uid.JPEGLosslessSV1: ("gdcm", "python-gdcm"),
+    uid.JPEGLSLossless: ("gdcm", "python-gdcm"),
+    uid.JPEGLSNearLossless: ("gdcm", "python-gdcm"),
     uid.JPEG2000Lossless: ("pylibjpeg", "pylibjpeg-openjpeg"),
     uid.JPEG2000: ("pylibjpeg", "pylibjpeg-openjpeg"),
     uid.HTJ2KLossless: ("pylibjpeg", "pylibjpeg-openjpeg"),
@@ -128,6 +129,14 @@ def _check_deflated(path: Path) -> None:
                     raise MediaError(path, f"inflates to more than {MAX_FILE_BYTES} bytes")
 
 
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def _decode(path: Path, dataset: pydicom.Dataset, max_frames: int | None) -> Decoded:
     if not dataset.get("PixelData"):
         raise MediaError(path, "has no DICOM pixel data (PixelData is missing or empty)")
@@ -154,6 +163,10 @@ def _decode(path: Path, dataset: pydicom.Dataset, max_frames: int | None) -> Dec
     dataset.NumberOfFrames = num_frames
 
     plugin, package = _PLUGINS.get(syntax, ("", ""))
+    if package and not _is_installed(package):
+        raise MediaError(
+            path, f"is compressed as {syntax.name}, which needs another decoder: pip install {package}"
+        )
     convert = _Grayscale(dataset, stored_bits)
     frames = np.empty((len(chosen), rows, columns), np.uint8)
     # Without as_rgb, YBR keeps its luma channel as stored: no second conversion can go wrong.
