@@ -61,6 +61,7 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     model.dropout = 0.1
     model.stem_patch = (2, 4, 4)
     model.region_bins = 2
+    model.tnt_mode = "stack"  # or "add_resized", as the public ActBERT code (D5)
     model.dtype = "float32"
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
@@ -182,6 +183,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     )
     need(len(model.stem_patch) == 3, "model.stem_patch", "three numbers: frames, rows, columns")
     need(0 <= model.dropout < 1, "model.dropout", "must lie in [0, 1)")
+    need(model.tnt_mode in ("stack", "add_resized"), "model.tnt_mode", "choose 'stack' or 'add_resized'")
     need(model.dtype in ("float32", "bfloat16"), "model.dtype", "choose 'float32' or 'bfloat16'")
     need(0 <= data.report_dropout < 1, "data.report_dropout", "must lie in [0, 1)")
     need(0 <= config.optimizer.warmup_fraction <= 1, "optimizer.warmup_fraction", "must lie in [0, 1]")

@@ -1,6 +1,10 @@
-"""Layers and optimizer against recorded values of outside code: PyTorch's Conv3d and SGD, Hugging Face's BERT."""
+"""Layers and optimizer against outside witnesses.
+
+Recorded values of PyTorch's Conv3d and SGD, Hugging Face's BERT and PaddleVideo's ActBERT; a NumPy rewrite of TNT.
+"""
 
 import json
+import math
 
 import flax.linen as nn
 import jax
@@ -13,6 +17,7 @@ from dilbert_jax.models.attention import FeedForward, HeadsProjection, attend
 from dilbert_jax.models.conv3d import conv3d
 from dilbert_jax.models.embeddings import NUM_TOKEN_TYPES, EntityEmbedding
 from dilbert_jax.models.heads import Transform
+from dilbert_jax.models.tangled import STREAMS, TangledBlock, resize_nearest
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 
@@ -202,3 +207,141 @@ def test_bert_layers_equal_hugging_face(vectors):
         jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(expected), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+# --- tangled transformer (PaddleVideo; NumPy) -------------------------------------------------------------
+
+
+def actbert_params(file):
+    """Weights of PaddleVideo's layer, [in, out] as in this project; v = region, t = text, a = action."""
+
+    def dense(name):
+        weight, bias = (file[f"equal768/w/{name}.{part}"] for part in ("weight", "bias"))
+        return {"kernel": weight, "bias": bias}
+
+    def norm(name):
+        return {
+            "scale": file[f"equal768/w/{name}.weight"],
+            "bias": file[f"equal768/w/{name}.bias"],
+        }
+
+    params = {}
+    for number, (letter, stream) in enumerate(
+        zip("vta", ("region", "entity", "description"), strict=True), start=1
+    ):
+        for kind in ("query", "key", "value"):
+            params[f"{stream}_{kind}"] = {"dense": dense(f"ent_attention.{kind}{number}")}
+        params[f"{stream}_ffn"] = {
+            "attention_output": dense(f"ent_output.dense{number}"),
+            "attention_norm": norm(f"ent_output.LayerNorm{number}"),
+            "intermediate": dense(f"{letter}_intermediate.dense"),
+            "output": dense(f"{letter}_output.dense"),
+            "output_norm": norm(f"{letter}_output.LayerNorm"),
+        }
+    for stream, letter in (("entity", "t"), ("region", "v")):
+        params[f"cross_{stream}_key"] = {"dense": dense(f"ent_attention.key_a{letter}")}
+        # The public code has value_av, never uses it, and uses value_at twice.
+        params[f"cross_{stream}_value"] = {"dense": dense("ent_attention.value_at")}
+    return params
+
+
+def test_add_resized_equals_the_public_actbert(vectors):
+    file = vectors("actbert_tnt_paddle")
+    letters = {"region": "v", "entity": "t", "description": "a"}
+    hidden = {s: jnp.asarray(file[f"equal768/in_{c}"]) for s, c in letters.items()}
+    masks = {s: jnp.asarray(file[f"equal768/mask_{c}"] == 1) for s, c in letters.items()}
+    cfg = json.loads(str(file["equal768/cfg"]))
+    block = TangledBlock(
+        cfg["hidden_size"], cfg["bi_num_attention_heads"], cfg["intermediate_size"], mode="add_resized"
+    )
+    out, _ = block.apply({"params": actbert_params(file)}, hidden, masks)
+    for stream, letter in letters.items():
+        np.testing.assert_allclose(out[stream], file[f"equal768/out_{letter}"], atol=2e-5, err_msg=stream)
+
+
+@pytest.mark.parametrize(("source", "length"), [(5, 36), (5, 37), (5, 7), (7, 5), (3, 10), (6, 4)])
+def test_resizing_picks_the_positions_of_paddle(vectors, source, length):
+    expected = vectors("actbert_tnt_paddle")[f"interp/L{source}_M{length}"]
+    ours = resize_nearest(jnp.arange(source, dtype=jnp.float32)[None, :, None], length)[0, :, 0]
+    np.testing.assert_array_equal(ours, expected)
+
+
+def tnt_stack_in_numpy(params, hidden, masks, num_heads):
+    """Equations (1) and (2) and decision D4, written out sample by sample and head by head."""
+    erf = np.vectorize(math.erf)
+
+    def linear(name, x):
+        return x @ np.float64(name["kernel"]) + np.float64(name["bias"])
+
+    def norm(name, x):
+        centred = x - x.mean(-1, keepdims=True)
+        scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-12)
+        return scaled * np.float64(name["scale"]) + np.float64(name["bias"])
+
+    def multi_head(query, key, value, valid):
+        width = query.shape[-1] // num_heads
+        parts = []
+        for head in range(num_heads):
+            cut = slice(head * width, (head + 1) * width)
+            scores = query[:, cut] @ key[valid][:, cut].T / np.sqrt(width)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            parts.append(weights / weights.sum(-1, keepdims=True) @ value[valid][:, cut])
+        return np.concatenate(parts, -1)
+
+    out = {stream: np.zeros(np.shape(x)) for stream, x in hidden.items()}
+    for sample in range(len(hidden["entity"])):
+        h = {s: np.float64(x[sample]) for s, x in hidden.items()}
+        valid = {s: np.asarray(m[sample]) for s, m in masks.items()}
+        key = {s: linear(params[f"{s}_key"]["dense"], h[s]) for s in STREAMS}
+        value = {s: linear(params[f"{s}_value"]["dense"], h[s]) for s in STREAMS}
+        extra_key, extra_value = {}, {}
+        for s in ("entity", "region"):
+            query = linear(params[f"cross_{s}_query"]["dense"], h["description"])
+            fused = multi_head(query, key[s], value[s], valid[s])
+            extra_key[s] = linear(params[f"cross_{s}_key"]["dense"], fused)
+            extra_value[s] = linear(params[f"cross_{s}_value"]["dense"], fused)
+        for s, others in (
+            ("entity", ["region"]),
+            ("region", ["entity"]),
+            ("description", ["entity", "region"]),
+        ):
+            keys = np.concatenate([key[s], *(extra_key[o] for o in others)])
+            values = np.concatenate([value[s], *(extra_value[o] for o in others)])
+            usable = np.concatenate([valid[s], *(valid["description"] for _ in others)])
+            context = multi_head(linear(params[f"{s}_query"]["dense"], h[s]), keys, values, usable)
+            p = params[f"{s}_ffn"]
+            x = norm(p["attention_norm"], h[s] + linear(p["attention_output"], context))
+            y = linear(p["intermediate"], x)
+            y = linear(p["output"], y * 0.5 * (1.0 + erf(y / np.sqrt(2.0))))
+            out[s][sample] = norm(p["output_norm"], x + y)
+    return out
+
+
+def test_stack_equals_a_float64_rewrite():
+    rng = np.random.default_rng(0)
+    sizes = {"entity": 7, "description": 4, "region": 5}
+    hidden = {s: rng.normal(size=(3, n, 24)) for s, n in sizes.items()}
+    masks = {s: np.arange(n) < rng.integers(2, n + 1, (3, 1)) for s, n in sizes.items()}
+    with jax.enable_x64(True):
+        block = TangledBlock(24, 4, 40, dtype=jnp.float64)
+        params = block.init(jax.random.key(0), hidden, masks)["params"]
+        # Biases and scales that are not the initial zeros and ones, so that every one of them counts.
+        params = jax.tree.map(lambda p: p + jnp.asarray(0.1 * rng.normal(size=p.shape)), params)
+        out, _ = block.apply({"params": params}, hidden, masks)
+        params = jax.tree.map(np.asarray, params)
+    expected = tnt_stack_in_numpy(params, hidden, masks, 4)
+    for stream in STREAMS:
+        # Softmax and scores stay float32 in the layer, whatever the compute type.
+        np.testing.assert_allclose(out[stream], expected[stream], atol=2e-6, err_msg=stream)
+
+
+def test_the_modes_differ_and_an_unknown_one_is_refused():
+    hidden = {s: jnp.ones((1, 3, 8)) * i for i, s in enumerate(STREAMS)}
+    masks = {s: jnp.ones((1, 3), bool) for s in STREAMS}
+    counts = {}
+    for mode in ("stack", "add_resized"):
+        params = TangledBlock(8, 2, 16, mode=mode).init(jax.random.key(0), hidden, masks)["params"]
+        counts[mode] = {name for name in params if name.startswith("cross")}
+    assert counts["stack"] - counts["add_resized"] == {"cross_entity_query", "cross_region_query"}
+    with pytest.raises(ValueError, match=r"TNT mode is 'concat'; choose one of stack, add_resized"):
+        TangledBlock(8, 2, 16, mode="concat").init(jax.random.key(0), hidden, masks)

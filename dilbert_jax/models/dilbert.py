@@ -35,6 +35,7 @@ class DilbertConfig:
       max_tokens: longest report in word pieces; max_steps: most description tokens.
       channels, blocks, stem_patch: the 3-D CNN (see `VideoEncoder`).
       region_bins: RoI bins per side.
+      tnt_mode: how a fusion block adds what another stream says (see `TangledBlock`).
       dtype: compute dtype name; parameters, softmax and losses stay float32.
     """
 
@@ -55,6 +56,7 @@ class DilbertConfig:
     blocks: tuple[int, ...] = (1, 2, 2)
     stem_patch: tuple[int, int, int] = (2, 4, 4)
     region_bins: int = 2
+    tnt_mode: str = "stack"
     dtype: str = "float32"
 
 
@@ -98,7 +100,7 @@ class Dilbert(nn.Module):
         self.description_embedding = DescriptionEmbedding(c.hidden_size, c.max_steps, c.dropout, dtype)
         self.region_embedding = RegionEmbedding(c.hidden_size, c.dropout, dtype)
         self.layers = [
-            TangledBlock(c.hidden_size, c.num_heads, c.ffn_size, c.dropout, dtype)
+            TangledBlock(c.hidden_size, c.num_heads, c.ffn_size, c.dropout, dtype, c.tnt_mode)
             for _ in range(c.num_layers)
         ]
         self.overview_norm = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=dtype)

@@ -14,8 +14,16 @@ Array = jax.Array
 STREAMS = ("entity", "description", "region")
 
 
+TNT_MODES = ("stack", "add_resized")
+
+
+def resize_nearest(x: Array, length: int) -> Array:
+    """Repeats or drops positions of x [B, S, ...] to `length`: position m of the result is floor(m S / length)."""
+    return x[:, jnp.arange(length) * x.shape[1] // length]
+
+
 class TangledBlock(nn.Module):
-    """One fusion layer, `stack` mode (decision D4).
+    """One fusion layer.
 
     The cross attentions of equations (1) and (2) fuse the entity and the region stream from the description
     stream's point of view; they reuse the key and value projections of the stream they look at:
@@ -24,7 +32,12 @@ class TangledBlock(nn.Module):
 
     Linear layers turn c_w and c_r into further keys and values, which are concatenated to a stream's own:
     the entity stream attends to [entity; c_r], the region stream to [region; c_w], and the description stream
-    to [description; c_w; c_r]. Positions made from c_w and c_r are valid where the description token is.
+    to [description; c_w; c_r]. Positions made from c_w and c_r are valid where the description token is. This is the
+    mode `stack` (decision D4).
+
+    The mode `add_resized` (decision D5) is that of the public ActBERT code: the description stream's own query serves
+    both cross attentions, the new keys and values are resized to a stream's length and added to its own, and the
+    description stream attends to itself alone. Resizing counts padded positions, as that code does.
     """
 
     hidden_size: int
@@ -32,6 +45,7 @@ class TangledBlock(nn.Module):
     ffn_size: int
     dropout: float = 0.1
     dtype: Any = jnp.float32
+    mode: str = "stack"
 
     @nn.compact
     def __call__(
@@ -47,7 +61,13 @@ class TangledBlock(nn.Module):
         Returns:
           The streams' new hidden states, and the two cross-attention maps (`entity` [B, N, A, L] and `region`
           [B, N, A, R]) that say which entity and which region each temporal step looks at.
+
+        Raises:
+          ValueError: an unknown mode.
         """
+        if self.mode not in TNT_MODES:
+            raise ValueError(f"TNT mode is {self.mode!r}; choose one of {', '.join(TNT_MODES)}")
+        stack = self.mode == "stack"
 
         def project(name: str, x: Array) -> Array:
             return HeadsProjection(self.num_heads, self.hidden_size, self.dtype, name=name)(x)
@@ -58,25 +78,33 @@ class TangledBlock(nn.Module):
 
         cross_key, cross_value, cross_weights = {}, {}, {}
         for stream in ("entity", "region"):
-            cross_query = project(f"cross_{stream}_query", hidden["description"])
+            cross_query = (
+                project(f"cross_{stream}_query", hidden["description"]) if stack else query["description"]
+            )
             fused, cross_weights[stream] = attend(cross_query, key[stream], value[stream], masks[stream])
             fused = fused.reshape(*fused.shape[:-2], self.hidden_size)
             cross_key[stream] = project(f"cross_{stream}_key", fused)
             cross_value[stream] = project(f"cross_{stream}_value", fused)
 
-        stacked = {"entity": ("region",), "region": ("entity",), "description": ("entity", "region")}
+        sources = {"entity": ("region",), "region": ("entity",), "description": ("entity", "region")}
         out = {}
         for stream in STREAMS:
-            keys = [key[stream]] + [cross_key[other] for other in stacked[stream]]
-            values = [value[stream]] + [cross_value[other] for other in stacked[stream]]
-            mask = [masks[stream]] + [masks["description"]] * len(stacked[stream])
-            context, weights = attend(
+            keys, values, mask = [key[stream]], [value[stream]], [masks[stream]]
+            for other in sources[stream]:
+                if stack:
+                    keys.append(cross_key[other])
+                    values.append(cross_value[other])
+                    mask.append(masks["description"])
+                elif stream != "description":
+                    length = key[stream].shape[1]
+                    keys[0] += resize_nearest(cross_key[other], length)
+                    values[0] += resize_nearest(cross_value[other], length)
+            context, _ = attend(
                 query[stream],
                 jnp.concatenate(keys, axis=1),
                 jnp.concatenate(values, axis=1),
                 jnp.concatenate(mask, axis=1),
             )
-            del weights
             block = FeedForward(
                 self.hidden_size, self.ffn_size, self.dropout, self.dtype, name=f"{stream}_ffn"
             )
