@@ -148,12 +148,25 @@ def _pretraining_tasks(experiment: Experiment, params: Any, indices: np.ndarray)
         collect("cmm/targets", batch["matched"].astype(np.int64)[masks["cmm"]])
     joined = {name: np.concatenate(values) for name, values in collected.items()}
     counts = _training_counts(experiment)
+    # What every training clip holds, as the organ of a set with one organ, is no answer to be ranked.
+    told_apart = {"mdc": counts["mdc"] < len(experiment.indices["train"])}
     tasks = {
-        task: recall_at_k(joined[f"{task}/logits"], joined[f"{task}/targets"], training_counts=counts[task])
+        task: rank_classes(
+            joined[f"{task}/logits"], joined[f"{task}/targets"], counts[task], told_apart.get(task)
+        )
         for task in ("mlm", "mdc", "moc")
     }
     tasks["cmm"] = matching_accuracy(joined["cmm/logits"], joined["cmm/targets"])
     return tasks
+
+
+def rank_classes(
+    logits: np.ndarray, targets: np.ndarray, counts: np.ndarray, kept: np.ndarray | None = None
+) -> dict[str, Any]:
+    """`recall_at_k` among the classes that are `kept` (bool [C]; None = all)."""
+    if kept is not None:
+        logits, targets, counts = logits[:, kept], targets[:, kept], counts[kept]
+    return recall_at_k(logits, targets, training_counts=counts)
 
 
 def _training_counts(experiment: Experiment) -> dict[str, np.ndarray]:

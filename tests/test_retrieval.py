@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import top_k_accuracy_score
 
+from dilbert_jax.evaluate import rank_classes
 from dilbert_jax.evaluation.retrieval import matching_accuracy, recall_at_k
 
 
@@ -98,3 +99,12 @@ def test_matching_accuracy_counts_masked_pairs_and_halves_ties():
         "chance": None,
         "num": 0,
     }
+
+
+def test_a_class_that_is_always_right_is_left_out_of_the_ranking():
+    logits = np.asarray([[0.1, 0.9, 5.0], [0.9, 0.1, 5.0]])
+    targets = np.asarray([[True, False, True], [True, False, True]])
+    counts = np.asarray([3, 4, 9])
+    assert rank_classes(logits, targets, counts)["recall_at_1"] == 1.0
+    ranked = rank_classes(logits, targets, counts, kept=counts < 9)
+    assert ranked["recall_at_1"] == 0.5 and ranked["num_classes"] == 2
