@@ -81,15 +81,16 @@ def test_second_prepare_does_no_work_and_changes_are_noticed(folders, monkeypatc
     assert sum(1 for _ in datasets.load_records("busi", manual_dir=source, progress=False)) == 9
 
 
-def test_a_set_with_configurations_is_prepared_into_an_empty_folder(monkeypatch, tmp_path):
-    from dilbert_jax.data.phantom import phantom_dataset_builder as phantom
-
-    few = [phantom.PhantomConfig(name="default", description="Three patients.", num_patients=3)]
-    monkeypatch.setattr(phantom.Builder, "BUILDER_CONFIGS", few)
-    monkeypatch.setattr(phantom.Builder, "builder_configs", {"default": few[0]})
-    builder = datasets.prepare("phantom", data_dir=tmp_path / "new", progress=False)
-    assert builder.preparation()["kept"] == 4
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["phantom"]
+def test_the_folder_of_a_set_with_configurations_is_made(tmp_path):
+    fresh = tmp_path / "fresh" / "phantom" / "default" / "1.0.0"
+    fresh.mkdir(parents=True)
+    (fresh / "data").write_text("new")
+    folder = tmp_path / "prepared" / "phantom" / "default" / "1.0.0"
+    for _ in range(2):  # into nothing, then over the earlier one
+        datasets._replace_folder(folder, fresh, tmp_path / "earlier")
+        assert (folder / "data").read_text() == "new"
+        fresh.mkdir()
+        (fresh / "data").write_text("new")
 
 
 def test_failed_preparation_leaves_nothing(folders):

@@ -228,7 +228,8 @@ def test_the_log_holds_every_term_of_equation_13(trained):
     assert "teacher/soft_labels" not in teacher and student["student/soft_labels"] > 0
     fine = records(workdir, "finetune")[-1]
     for network in loop.NETWORKS:
-        terms = [fine[f"{network}/{t}"] for t in ("organ", "condition", "findings", "match", "grounding")]
+        annotation = ("organ", "condition", "findings", "match", "grounding")
+        terms = [weights[t] * fine[f"{network}/{t}"] for t in annotation]
         assert fine[f"{network}/loss"] == pytest.approx(sum(terms), rel=1e-4)
 
 
@@ -289,7 +290,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(trained, tmp_path, mo
             }
 
 
-def fake_objective(model, params, names, entity_of_region, batch, rng):
+def fake_objective(model, loss, params, names, entity_of_region, batch, rng):
     """A loss that compiles in no time; NaN where the batch is marked."""
     total, metrics = jnp.float32(0), {}
     for name, network in params.items():
