@@ -190,3 +190,13 @@ def test_caption_of_structures(graph):
 def test_bad_measurements_are_refused(measurement, message):
     with pytest.raises(ValueError, match=message):
         caption("breast", "", [], [measurement], language="en", rng=np.random.default_rng(0))
+
+
+def test_an_organ_alone_says_that_nothing_else_is_known(graph):
+    for language, expected in (
+        ("en", "Abdomen: nothing further is described."),
+        ("zh", "腹部：无其他描述。"),
+    ):
+        text = describe("abdomen", "", (), language=language, graph=graph)
+        assert text == expected
+        assert [e.concept for e in extract_entities(text, language, graph)] == ["abdomen"]

@@ -34,6 +34,7 @@ SUGGESTIONS = {
     ),
     "zh": ("考虑{}。", "提示{}。", "{}可能。"),
 }
+_NOTHING = {"en": "Nothing further is described.", "zh": "无其他描述。"}
 _NORMAL = {"en": "Normal appearance.", "zh": "表现正常。"}
 
 Mention = str | tuple[str, Sequence[str]]
@@ -83,6 +84,7 @@ def describe(
     sentences = present_sentences(organ, condition, places, language, graph)
     sentences += _absent_sentences(absent, language, graph)
     sentences += condition_sentence(condition, places, language, graph)
+    sentences = sentences or [_NOTHING[language]]
     if language == "zh":
         return f"{graph.name(organ, 'zh')}：{''.join(sentences)}"
     return f"{capitalize(graph.name(organ, 'en'))}: " + " ".join(
