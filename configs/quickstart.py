@@ -1,6 +1,9 @@
 """Trains DILBERT through all stages on the generated phantom data, on a laptop CPU.
 
 python train.py --config=configs/quickstart.py
+
+About 9 minutes on 2 CPU cores; condition macro F1 of the student on unseen patients about 0.7
+(docs/results/first_light.md).
 """
 
 from dilbert_jax.config import default_config
