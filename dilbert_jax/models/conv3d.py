@@ -76,7 +76,7 @@ def _conv3d_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]
 def _conv3d_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     """The input's gradient is a convolution with the kernel turned round; the kernel's is one matrix product a tap.
 
-    XLA:CPU derives slower ones: 1.15 times the whole time at the sizes of the small presets, more on larger maps.
+    XLA:CPU derives slower ones: 1.1 to 1.2 times the whole time at the quickstart's sizes (benchmarks/conv3d.py).
     """
     x, kernel = saved
     turned = jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)
