@@ -170,7 +170,7 @@ def compose(
         )
     findings.sort(key=lambda f: -f["probability"])
 
-    patch = context.spec.stem_patch
+    patch = context.spec.frames_per_step
     valid = example["frame_mask"].reshape(-1, patch).any(1)
     frame_index = example["frame_index"].reshape(-1, patch)[:, 0][valid]
     entities = []

@@ -53,13 +53,21 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     data.vocab_file = ""  # a BERT vocab.txt; "" = train WordPiece on the training reports
     data.graph_file = ""  # extension of the knowledge graph
     data.min_entity_count = 3
-    data.guided_masking = True
+    data.guided_masking = True  # masked words are chosen by the knowledge graph (D8)
+    data.leak_iou = 0.4  # regions that overlap a masked one by more are masked too (D10); 1 = none
+    data.any_mismatch = (
+        False  # True: a mismatched report may be the same patient's or have the same text (D11)
+    )
     data.report_dropout = 0.25  # share of pre-training examples shown without their report
     data.augment = True
 
     config.model = model = ml_collections.ConfigDict(MODEL_PRESETS[preset])
     model.dropout = 0.1
+    model.video = "small"  # the 3-D CNN (D1); "r3d_18": PyTorch's, ignores channels, blocks and stem_patch
     model.stem_patch = (2, 4, 4)
+    model.temporal_position = (
+        True  # False: description tokens without their place in time, as public ActBERT (D3)
+    )
     model.region_bins = 2
     model.tnt_mode = "stack"  # or "add_resized", as the public ActBERT code (D5)
     model.dtype = "float32"
@@ -76,6 +84,8 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     # The paper weighs the four tasks 1 each and has no summary task (0). Small sets need other weights: MDC and
     # summary are means over many classes, and without summary matching learns late.
     loss.mlm, loss.mdc, loss.moc, loss.cmm, loss.summary = 0.5, 5.0, 1.0, 3.0, 15.0
+    loss.order = 0.0  # > 0: a fifth task, are the description tokens shuffled? (D9)
+    loss.mdc_target = "description"  # or "entity": MDC classifies masked words by their entity (D9)
     loss.organ, loss.condition, loss.findings, loss.match, loss.grounding = (
         1.0,
         4.0,
@@ -95,6 +105,7 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     train.batch_size = 32
     train.teacher_epochs = 10.0
     train.student_epochs = 10.0
+    train.single_network = False  # True: the student alone, without teacher and mutual terms (ablation)
     train.independent_student = False  # True: the student pre-trains without the teacher's soft labels (D19)
     train.mutual_epochs = 4.0
     train.finetune_epochs = 10.0
@@ -153,6 +164,9 @@ def load_config(path: pathlib.Path) -> ml_collections.ConfigDict:
 
 def check_config(config: ml_collections.ConfigDict) -> None:
     """Raises `ValueError` naming the first field whose value cannot work."""
+    # Here, not above: flags are checked against the defaults before anything heavy is imported.
+    from dilbert_jax.models.dilbert import MDC_TARGETS, VIDEO_ENCODERS, frames_per_step
+
     data, model, train = config.data, config.model, config.train
 
     def need(condition: bool, field: str, wanted: str) -> None:
@@ -198,6 +212,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         "moc",
         "cmm",
         "summary",
+        "order",
         *annotation,
         "alpha",
         "beta",
@@ -206,19 +221,23 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         "beta2",
     ):
         need(config.loss[term] >= 0, f"loss.{term}", "must not be negative")
-    patch = model.stem_patch
-    cells = 2 ** len(model.channels)  # the last map keeps at least 2 x 2 cells
-    need(
-        data.num_frames % patch[0] == 0,
-        "data.num_frames",
-        f"must be divisible by model.stem_patch[0] = {patch[0]}",
-    )
-    need(patch[1] == patch[2], "model.stem_patch", "rows and columns must be equal on a square input")
-    need(
-        data.size % patch[1] == 0 and data.size // patch[1] % cells == 0,
-        "data.size",
-        f"must be a multiple of {patch[1] * cells}: model.stem_patch times 2 for each of {len(model.channels)} stages",
-    )
+    need(0 <= data.leak_iou <= 1, "data.leak_iou", "must lie in [0, 1]")
+    need(model.video in VIDEO_ENCODERS, "model.video", f"choose one of {', '.join(VIDEO_ENCODERS)}")
+    need(config.loss.mdc_target in MDC_TARGETS, "loss.mdc_target", f"choose one of {', '.join(MDC_TARGETS)}")
+    frames = frames_per_step(model.video, model.stem_patch)
+    need(data.num_frames % frames == 0, "data.num_frames", f"must be divisible by {frames}, frames a step")
+    if model.video == "small":
+        patch = model.stem_patch
+        cells = 2 ** len(model.channels)  # the last map keeps at least 2 x 2 cells
+        need(patch[1] == patch[2], "model.stem_patch", "rows and columns must be equal on a square input")
+        need(
+            data.size % patch[1] == 0 and data.size // patch[1] % cells == 0,
+            "data.size",
+            f"must be a multiple of {patch[1] * cells}: model.stem_patch times 2 for each of "
+            f"{len(model.channels)} stages",
+        )
+    else:
+        need(data.size >= 32, "data.size", "r3d_18 divides height and width by 16: need at least 32")
     need(
         model.hidden_size % model.num_heads == 0,
         "model.hidden_size",

@@ -25,8 +25,8 @@ from dilbert_jax.experiment import Experiment, open_experiment
 from dilbert_jax.input_pipeline import evaluation_batches
 from dilbert_jax.report import render_report
 from dilbert_jax.training.log import read_metrics
-from dilbert_jax.training.loop import NETWORKS, network_params
-from dilbert_jax.training.step import pretraining_forward, task_masks
+from dilbert_jax.training.loop import network_names, network_params
+from dilbert_jax.training.step import pretraining_forward, task_masks, task_targets
 
 Decisions = dict[str, dict[str, Any]]
 SCHEMA = "dilbert-jax/evaluation/1"
@@ -55,7 +55,7 @@ def evaluate(
         raise ValueError(f"data set {config.data.name!r} has no {split} study to evaluate on")
     resamples = config.evaluate.num_resamples
     networks, predictions, thresholds, decided = {}, {}, {}, {}
-    for network in tqdm(NETWORKS, desc="evaluating", unit="network", disable=not progress):
+    for network in tqdm(network_names(config), desc="evaluating", unit="network", disable=not progress):
         params, _ = network_params(context, workdir, "mutual", network)
         pretraining = _pretraining_tasks(experiment, params, indices)
         params, step = network_params(context, workdir, "finetune", network)
@@ -137,19 +137,19 @@ def _pretraining_tasks(experiment: Experiment, params: Any, indices: np.ndarray)
         inputs = {k: jnp.asarray(v) for k, v in batch.items() if k not in ("study", "frame_index")}
         logits = jax.device_get(forward(params, inputs))
         masks = {
-            k: np.asarray(v) & real.reshape(-1, *[1] * (v.ndim - 1)) for k, v in task_masks(inputs).items()
+            k: np.asarray(v) & real.reshape(-1, *[1] * (v.ndim - 1))
+            for k, v in task_masks(inputs, context.loss).items()
         }
-        classes = np.broadcast_to(batch["classes"][:, None], logits["mdc"].shape)
-        targets = {"mlm": batch["mlm_targets"], "mdc": classes, "moc": batch["region_labels"]}
-        for task, target in targets.items():
+        targets = jax.device_get(task_targets(inputs, context.loss))
+        for task in ("mlm", "mdc", "moc", "cmm"):
             collect(f"{task}/logits", logits[task][masks[task]])
-            collect(f"{task}/targets", target[masks[task]])
-        collect("cmm/logits", logits["cmm"][masks["cmm"]])
-        collect("cmm/targets", batch["matched"].astype(np.int64)[masks["cmm"]])
+            collect(f"{task}/targets", targets[task][masks[task]])
     joined = {name: np.concatenate(values) for name, values in collected.items()}
     counts = _training_counts(experiment)
     # What every training clip holds, as the organ of a set with one organ, is no answer to be ranked.
-    told_apart = {"mdc": counts["mdc"] < len(experiment.indices["train"])}
+    told_apart = {}
+    if context.loss.mdc_target == "description":
+        told_apart["mdc"] = counts["mdc"] < len(experiment.indices["train"])
     tasks = {
         task: rank_classes(
             joined[f"{task}/logits"], joined[f"{task}/targets"], counts[task], told_apart.get(task)
@@ -173,10 +173,11 @@ def _training_counts(experiment: Experiment) -> dict[str, np.ndarray]:
     """How often training shows each word piece, class and region class."""
     context, builder, train = experiment.context, experiment.builder, experiment.indices["train"]
     words = np.concatenate([builder.reports[i].token_ids[builder.reports[i].token_mask] for i in train])
+    mdc = "classes" if context.loss.mdc_target == "description" else "entities"
     regions = [r for i in train for r in experiment.store.studies[i].region_labels]
     return {
         "mlm": np.bincount(words, minlength=context.tokenizer.vocab_size),
-        "mdc": np.sum([builder.targets(int(i))["classes"] for i in train], axis=0),
+        "mdc": np.sum([builder.targets(int(i))[mdc] for i in train], axis=0),
         "moc": np.asarray([regions.count(label) for label in context.labels.regions]),
     }
 

@@ -21,7 +21,7 @@ from dilbert_jax.data.record import EncodedFrames, decode_png
 from dilbert_jax.input_pipeline import ExampleBuilder, InputSpec, entity_statuses
 from dilbert_jax.knowledge import KnowledgeGraph, ReportTokenizer, load_graph
 from dilbert_jax.labels import LabelSpace, build_label_space
-from dilbert_jax.models import Dilbert, DilbertConfig
+from dilbert_jax.models.dilbert import Dilbert, DilbertConfig, frames_per_step
 from dilbert_jax.training.step import LossConfig
 
 MAX_NAME_PIECES = 8
@@ -83,12 +83,15 @@ def make_context(
     data = config.data
     spec = InputSpec(
         num_frames=data.num_frames,
-        stem_patch=config.model.stem_patch[0],
+        frames_per_step=frames_per_step(config.model.video, config.model.stem_patch),
         grid_scales=tuple(data.grid_scales),
         grid_steps=data.grid_steps,
         max_annotated_regions=data.max_annotated_regions,
         max_tokens=data.max_tokens,
         guided=data.guided_masking,
+        leak_iou=data.leak_iou,
+        any_mismatch=data.any_mismatch,
+        shuffle=config.loss.order > 0,
         report_dropout=data.report_dropout,
         augment=data.augment,
     )
@@ -104,6 +107,9 @@ def make_context(
             num_findings=len(labels.findings),
             num_classes=len(labels.classes),
             num_region_classes=max(1, len(labels.regions)),
+            num_entities=len(labels.entities),
+            mdc_target=config.loss.mdc_target,
+            order=config.loss.order > 0,
             max_tokens=data.max_tokens,
             max_steps=spec.num_steps,
             **fields,

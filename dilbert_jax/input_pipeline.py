@@ -22,7 +22,6 @@ from dilbert_jax.labels import LabelSpace
 Example = dict[str, np.ndarray]
 MASK_RATE = 0.15
 ZERO_RATE = 0.9
-NO_LEAK_IOU = 0.4  # decision D10
 LABEL_IOU = 0.3
 
 
@@ -32,24 +31,30 @@ class InputSpec:
 
     Attributes:
       num_frames: frames a clip is sampled to; shorter clips are padded.
-      stem_patch: frames per description token.
+      frames_per_step: frames per description token.
       grid_scales: boxes per side of each scale of the region grid inside the scan sector.
       grid_steps: how many times across the clip the grid is laid.
       max_annotated_regions: most annotated boxes a clip contributes in pre-training.
       max_tokens: report length in word pieces.
       guided: knowledge-graph-guided masking (D8).
+      leak_iou: a region that overlaps a zeroed one by more than this IoU is zeroed too (D10).
+      any_mismatch: another's report may be of the same patient or have the same text (D11).
+      shuffle: the description tokens of half of the pre-training examples are shuffled (D9).
       report_dropout: share of pre-training examples shown without their report, as in annotation: what is masked
         must then be seen, not read. They count for MDC and MOC, not for MLM and CMM.
       augment: random gain, gamma, shift, and mirroring where no side is named.
     """
 
     num_frames: int
-    stem_patch: int
+    frames_per_step: int
     grid_scales: tuple[int, ...]
     grid_steps: int
     max_annotated_regions: int
     max_tokens: int
     guided: bool = True
+    leak_iou: float = 0.4
+    any_mismatch: bool = False
+    shuffle: bool = False
     report_dropout: float = 0.0
     augment: bool = True
 
@@ -59,7 +64,7 @@ class InputSpec:
 
     @property
     def num_steps(self) -> int:
-        return self.num_frames // self.stem_patch
+        return self.num_frames // self.frames_per_step
 
     @property
     def max_masked_tokens(self) -> int:
@@ -81,6 +86,7 @@ class ExampleBuilder:
         self._organ = {c: i for i, c in enumerate(labels.organs)}
         self._condition = {c: i for i, c in enumerate(labels.conditions)}
         self._region = {c: i for i, c in enumerate(labels.regions)}
+        self._entity = {c: i for i, c in enumerate(labels.entities)}
         self.reports = [tokenizer.encode(s.report, s.language, graph, spec.max_tokens) for s in store.studies]
         self._blank = tokenizer.encode("", "en", graph, spec.max_tokens)
         self._groups = np.unique([s.group_id for s in store.studies], return_inverse=True)[1]
@@ -234,13 +240,14 @@ class ExampleBuilder:
             "mlm_positions": positions.astype(np.int32),
             "mlm_targets": masked.targets[positions],
             "mlm_mask": mlm_mask,
+            "mlm_entities": self._entity_of_tokens(report)[positions],
             "report_classes": self._targets[partner]["classes"],
             "report_classes_mask": self._targets[partner]["classes_mask"] & (not hidden),
             "matched": np.asarray(partner == index),
             "cmm_mask": self._has_report[index] & (not hidden),
         }
 
-        steps = np.asarray(example["frame_mask"].reshape(-1, spec.stem_patch).any(1))
+        steps = np.asarray(example["frame_mask"].reshape(-1, spec.frames_per_step).any(1))
         target = choose_share(steps, MASK_RATE, rng)
         example |= {
             "description_target": target,
@@ -249,16 +256,26 @@ class ExampleBuilder:
         labelled = example["region_mask"] & (example["region_labels"] >= 0)
         target = choose_share(labelled, MASK_RATE, rng)
         zeroed = target & (rng.random(len(target)) < ZERO_RATE)
-        overlap = box_iou(example["boxes"], example["boxes"]) > NO_LEAK_IOU
+        overlap = box_iou(example["boxes"], example["boxes"]) > spec.leak_iou
         # A target left visible is hidden too where it would show a zeroed one.
         example |= {"region_target": target, "region_zeroed": zeroed | overlap[zeroed].any(0)}
+        if spec.shuffle:
+            order = np.arange(len(steps), dtype=np.int32)
+            if rng.random() < 0.5:
+                order[: steps.sum()] = rng.permutation(order[: steps.sum()])
+            example["description_order"] = order
         return example
+
+    def _entity_of_tokens(self, report: EncodedReport) -> np.ndarray:
+        """int32 [L]: the candidate entity that each word piece belongs to, or -1."""
+        concepts = np.asarray([self._entity.get(e.concept, -1) for e in report.entities] + [-1], np.int32)
+        return concepts[report.entity_index]  # -1, outside of any entity, is the last
 
     def _mismatched(self, index: int, rng: np.random.Generator) -> int:
         """A study of another group with another, non-empty report; `index` itself when there is none."""
-        possible = (
-            (self._groups != self._groups[index]) & (self._texts != self._texts[index]) & self._has_report
-        )
+        possible = self._has_report & (np.arange(len(self._has_report)) != index)
+        if not self.spec.any_mismatch:
+            possible &= (self._groups != self._groups[index]) & (self._texts != self._texts[index])
         candidates = np.flatnonzero(possible)
         return int(rng.choice(candidates)) if len(candidates) else index
 

@@ -429,7 +429,7 @@ def test_absent_graph_and_vocabulary(tmp_path):
         ("data.size", 63, "must be a multiple of 16"),
         ("data.size", 0, "must be positive"),
         ("data.num_frames", 0, "must be positive"),
-        ("data.num_frames", 13, "must be divisible by model.stem_patch"),
+        ("data.num_frames", 13, "must be divisible by [0-9], frames a step"),
         ("data.folds", 2, "or at least 3"),
         ("data.max_tokens", 2, "need at least 4"),
         ("model.hidden_size", 65, "must be divisible by 4 heads"),

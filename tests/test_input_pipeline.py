@@ -9,7 +9,6 @@ import pytest
 from dilbert_jax.clips import ClipStore, Study
 from dilbert_jax.input_pipeline import (
     MASK_RATE,
-    NO_LEAK_IOU,
     ExampleBuilder,
     InputSpec,
     augment,
@@ -28,7 +27,7 @@ from dilbert_jax.labels import build_label_space
 GRAPH = load_graph()
 SIZE = 32
 SPEC = InputSpec(
-    num_frames=4, stem_patch=2, grid_scales=(1, 2), grid_steps=2, max_annotated_regions=3, max_tokens=24
+    num_frames=4, frames_per_step=2, grid_scales=(1, 2), grid_steps=2, max_annotated_regions=3, max_tokens=24
 )
 REPORTS = (
     ("Liver: anechoic cyst of 12 mm with posterior enhancement.", "en", "cyst", ("anechoic",)),
@@ -271,12 +270,13 @@ def test_no_visible_region_overlaps_a_zeroed_one(builder):
         hidden = target & zeroed
         for visible in np.flatnonzero(mask & ~zeroed):
             for other in np.flatnonzero(hidden):
-                assert iou_of_two(boxes[visible], boxes[other]) <= NO_LEAK_IOU + 1e-6
+                assert iou_of_two(boxes[visible], boxes[other]) <= SPEC.leak_iou + 1e-6
         zeroed_for_overlap += (zeroed & ~target).sum()
         # Nothing is hidden without cause.
         for extra in np.flatnonzero(zeroed & ~target):
             assert (
-                max(iou_of_two(boxes[extra], boxes[other]) for other in np.flatnonzero(hidden)) > NO_LEAK_IOU
+                max(iou_of_two(boxes[extra], boxes[other]) for other in np.flatnonzero(hidden))
+                > SPEC.leak_iou
             )
     assert zeroed_for_overlap > 50
 

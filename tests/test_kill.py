@@ -190,7 +190,7 @@ def test_the_log_of_a_killed_run_holds_every_record_once(killed, uninterrupted):
 @pytest.mark.parametrize("stage", loop.STAGES)
 def test_a_killed_run_ends_with_the_same_parameters(killed, uninterrupted, stage):
     context = load_context(uninterrupted)
-    for network in loop.NETWORKS if stage in ("mutual", "finetune") else (stage,):
+    for network in steps.NETWORKS if stage in ("mutual", "finetune") else (stage,):
         (first, step), (second, other) = (
             loop.network_params(context, workdir, stage, network) for workdir in (uninterrupted, killed[0])
         )

@@ -39,10 +39,10 @@ def largest(tree) -> float:
 
 def test_mismatched_pairs_count_for_matching_only(networks):
     batch = to_device(make_batch())
-    masks = steps.task_masks(batch)
+    masks = steps.task_masks(batch, LOSS)
     assert not bool(masks["mlm"][1::2].any() | masks["mdc"][1::2].any() | masks["moc"][1::2].any())
     assert bool(masks["cmm"].all())
-    assert bool(steps.task_masks(batch, all_pairs=True)["mlm"][1::2].all())
+    assert bool(steps.task_masks(batch, dataclasses.replace(LOSS, all_pairs=True))["mlm"][1::2].all())
 
 
 def test_a_batch_without_valid_positions_costs_exactly_nothing(networks):
@@ -94,10 +94,10 @@ def test_summary_is_the_mean_of_both_sides_and_counts_mismatched_pairs(networks,
     target = np.stack([batch["classes"], batch["report_classes"]], axis=1)
     entropy = np.logaddexp(0.0, np.where(target, -z, z)).mean(-1)
     counted = np.concatenate([entropy[:, 0], entropy[2:, 1]])
-    masks = steps.task_masks(to_device(batch))
-    found = steps.task_losses(logits, to_device(batch), masks)["summary"]
-    np.testing.assert_allclose(float(found), counted.mean(), rtol=1e-5)
     config = dataclasses.replace(LOSS, summary=2.0)
+    masks = steps.task_masks(to_device(batch), config)
+    found = steps.task_losses(logits, to_device(batch), masks, config)["summary"]
+    np.testing.assert_allclose(float(found), counted.mean(), rtol=1e-5)
     plain, with_it = (mutual(networks, frozen, to_device(batch), c)[1] for c in (LOSS, config))
     extra = 2.0 * LOSS.alpha * float(with_it["teacher/summary"])
     assert float(with_it["teacher/loss"]) > float(plain["teacher/loss"]) + 0.9 * extra
@@ -131,7 +131,7 @@ def test_no_gradient_flows_into_the_peer_or_the_snapshots(networks, frozen):
     def one_loss(name, params, snapshots):
         return steps.mutual_objective(MODEL, LOSS, params, snapshots, batch, RNG)[1][f"{name}/loss"]
 
-    for name, peer in steps.PEER.items():
+    for name, peer in (steps.NETWORKS, steps.NETWORKS[::-1]):
         gradient = jax.jit(jax.grad(functools.partial(one_loss, name), (0, 1)))
         to_networks, to_snapshots = gradient(networks, frozen)
         assert largest(to_networks[name]) > 1e-4

@@ -53,7 +53,7 @@ def records(workdir, stage, split="train"):
 
 
 def assert_same_params(a, b, experiment, stage):
-    for network in loop.NETWORKS:
+    for network in steps.NETWORKS:
         (first, step), (second, other) = (
             loop.network_params(experiment.context, workdir, stage, network) for workdir in (a, b)
         )
@@ -214,7 +214,7 @@ def test_the_log_holds_every_term_of_equation_13(trained):
     config, workdir = trained
     weights = config.loss
     for record in records(workdir, "mutual"):
-        for network in loop.NETWORKS:
+        for network in steps.NETWORKS:
             terms = {k.split("/")[1]: v for k, v in record.items() if k.startswith(f"{network}/")}
             supervised = sum(weights[task] * terms[task] for task in TASKS)
             relational = terms["distance"] + weights.beta1 * terms["angle"]
@@ -227,7 +227,7 @@ def test_the_log_holds_every_term_of_equation_13(trained):
     teacher, student = records(workdir, "teacher")[0], records(workdir, "student")[0]
     assert "teacher/soft_labels" not in teacher and student["student/soft_labels"] > 0
     fine = records(workdir, "finetune")[-1]
-    for network in loop.NETWORKS:
+    for network in steps.NETWORKS:
         annotation = ("organ", "condition", "findings", "match", "grounding")
         terms = [weights[t] * fine[f"{network}/{t}"] for t in annotation]
         assert fine[f"{network}/loss"] == pytest.approx(sum(terms), rel=1e-4)
@@ -236,7 +236,7 @@ def test_the_log_holds_every_term_of_equation_13(trained):
 def test_fine_tuning_learns(trained):
     _, workdir = trained
     first, last = records(workdir, "finetune")[0], records(workdir, "finetune")[-1]
-    for network in loop.NETWORKS:
+    for network in steps.NETWORKS:
         assert last[f"{network}/loss"] < first[f"{network}/loss"]
 
 

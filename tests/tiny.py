@@ -54,6 +54,8 @@ def make_batch(seed: int = 0, batch_size: int = B) -> dict[str, np.ndarray]:
         "report_classes_mask": np.ones(n, bool),
         "entities": rng.random((n, E)) < 0.4,
         "entities_mask": np.ones((n, E), bool),
+        "mlm_entities": rng.integers(-1, E, (n, M)).astype(np.int32),
+        "description_order": np.tile(np.arange(A, dtype=np.int32)[::-1], (n, 1)),
     }
 
 

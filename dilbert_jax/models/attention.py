@@ -12,6 +12,11 @@ Array = jax.Array
 LAYER_NORM_EPSILON = 1e-12
 
 
+def at_least_float32(dtype: Any) -> Any:
+    """The type for softmax, logits and geometry: float32, or float64 where the network computes in it."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def attend(query: Array, key: Array, value: Array, mask: Array) -> tuple[Array, Array]:
     """Scaled dot-product attention.
 
@@ -20,12 +25,13 @@ def attend(query: Array, key: Array, value: Array, mask: Array) -> tuple[Array, 
       mask: bool [B, S], True = valid key. A row without any valid key gets zeros.
 
     Returns:
-      Context [B, Q, N, K] and attention weights [B, N, Q, S] (float32).
+      Context [B, Q, N, K] and attention weights [B, N, Q, S] (float32 at least).
     """
-    scores = jnp.einsum("bqnk,bsnk->bnqs", query, key).astype(jnp.float32)
-    scores = scores / jnp.sqrt(jnp.float32(query.shape[-1]))
+    dtype = at_least_float32(query.dtype)
+    scores = jnp.einsum("bqnk,bsnk->bnqs", query, key).astype(dtype)
+    scores = scores / jnp.sqrt(jnp.asarray(query.shape[-1], dtype))
     valid = mask[:, None, None, :]
-    scores = jnp.where(valid, scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(valid, scores, jnp.finfo(dtype).min)
     weights = jnp.where(valid, jax.nn.softmax(scores, axis=-1), 0.0)
     return jnp.einsum("bnqs,bsnk->bqnk", weights.astype(value.dtype), value), weights
 
@@ -56,7 +62,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, residual: Array, context: Array, deterministic: bool) -> Array:
         """residual [B, S, D], context [B, S, N, K] -> [B, S, D]."""
-        context = context.reshape(*context.shape[:-2], self.hidden_size)
+        context = context.reshape(*context.shape[:-2], context.shape[-2] * context.shape[-1])
         y = nn.Dense(self.hidden_size, dtype=self.dtype, name="attention_output")(context)
         y = nn.Dropout(self.dropout)(y, deterministic=deterministic)
         x = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="attention_norm")(residual + y)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from dilbert_jax.models.attention import LAYER_NORM_EPSILON
+from dilbert_jax.models.attention import LAYER_NORM_EPSILON, at_least_float32
 from dilbert_jax.models.conv3d import VideoEncoder
 from dilbert_jax.models.embeddings import (
     NUM_TOKEN_TYPES,
@@ -19,10 +20,13 @@ from dilbert_jax.models.embeddings import (
     RegionEmbedding,
 )
 from dilbert_jax.models.heads import ClassHead, MatchHead, Pooler, Transform
+from dilbert_jax.models.r3d import R3D18, TEMPORAL_STRIDE
 from dilbert_jax.models.regions import pool_regions
 from dilbert_jax.models.tangled import TangledBlock
 
 Array = jax.Array
+MDC_TARGETS = ("description", "entity")
+VIDEO_ENCODERS = ("small", "r3d_18")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +37,13 @@ class DilbertConfig:
       vocab_size, num_*: sizes of the output spaces; they follow from the data set.
       hidden_size, num_layers, num_heads, ffn_size, dropout: fusion encoder (base: 768, 12, 12, 3072, 0.1).
       max_tokens: longest report in word pieces; max_steps: most description tokens.
-      channels, blocks, stem_patch: the 3-D CNN (see `VideoEncoder`).
+      video: the 3-D CNN (D1): "small", shaped by channels, blocks and stem_patch (see `VideoEncoder`), or "r3d_18".
       region_bins: RoI bins per side.
       tnt_mode: how a fusion block adds what another stream says (see `TangledBlock`).
+      temporal_position: description tokens carry their place in time (D3).
+      mdc_target: what MDC classifies (D9): "description", the clip's classes at masked temporal steps, or "entity", the
+        concept that each masked word piece belongs to.
+      order: there is a head that tells shuffled description tokens from those in order (D9).
       dtype: compute dtype name; parameters, softmax and losses stay float32.
     """
 
@@ -45,6 +53,7 @@ class DilbertConfig:
     num_findings: int
     num_classes: int
     num_region_classes: int
+    num_entities: int = 0
     hidden_size: int = 768
     num_layers: int = 12
     num_heads: int = 12
@@ -52,12 +61,21 @@ class DilbertConfig:
     dropout: float = 0.1
     max_tokens: int = 128
     max_steps: int = 128
+    video: str = "small"
     channels: tuple[int, ...] = (64, 128, 256)
     blocks: tuple[int, ...] = (1, 2, 2)
     stem_patch: tuple[int, int, int] = (2, 4, 4)
     region_bins: int = 2
     tnt_mode: str = "stack"
+    temporal_position: bool = True
+    mdc_target: str = "description"
+    order: bool = False
     dtype: str = "float32"
+
+
+def frames_per_step(video: str, stem_patch: Sequence[int]) -> int:
+    """How many frames a description token covers."""
+    return TEMPORAL_STRIDE if video == "r3d_18" else stem_patch[0]
 
 
 @flax.struct.dataclass
@@ -81,9 +99,9 @@ class Encoded:
     cross_weights: dict[str, Array]
 
 
-def normalize_frames(frames: Array, frame_mask: Array) -> Array:
+def normalize_frames(frames: Array, frame_mask: Array, dtype: Any = jnp.float32) -> Array:
     """Scales uint8 [B, T, H, W] to about zero mean and unit variance; padded frames become zero."""
-    x = (frames.astype(jnp.float32) / 255.0 - 0.2) / 0.2
+    x = (frames.astype(dtype) / 255.0 - 0.2) / 0.2
     return jnp.where(frame_mask[:, :, None, None], x, 0.0)
 
 
@@ -95,9 +113,19 @@ class Dilbert(nn.Module):
     def setup(self) -> None:
         c = self.config
         dtype: Any = jnp.dtype(c.dtype)
-        self.video = VideoEncoder(c.channels, c.blocks, c.stem_patch, dtype)
+        if c.mdc_target not in MDC_TARGETS:
+            raise ValueError(f"MDC target is {c.mdc_target!r}; choose one of {', '.join(MDC_TARGETS)}")
+        if c.video not in VIDEO_ENCODERS:
+            raise ValueError(f"3-D CNN is {c.video!r}; choose one of {', '.join(VIDEO_ENCODERS)}")
+        self.video: nn.Module
+        if c.video == "r3d_18":
+            self.video = R3D18(dtype=dtype)
+        else:
+            self.video = VideoEncoder(c.channels, c.blocks, c.stem_patch, dtype)
         self.entity_embedding = EntityEmbedding(c.vocab_size, c.hidden_size, c.max_tokens, c.dropout, dtype)
-        self.description_embedding = DescriptionEmbedding(c.hidden_size, c.max_steps, c.dropout, dtype)
+        self.description_embedding = DescriptionEmbedding(
+            c.hidden_size, c.max_steps, c.dropout, dtype, c.temporal_position
+        )
         self.region_embedding = RegionEmbedding(c.hidden_size, c.dropout, dtype)
         self.layers = [
             TangledBlock(c.hidden_size, c.num_heads, c.ffn_size, c.dropout, dtype, c.tnt_mode)
@@ -111,7 +139,11 @@ class Dilbert(nn.Module):
         self.mlm_bias = self.param("mlm_bias", nn.initializers.zeros, (c.vocab_size,))
         self.mdc = ClassHead(c.hidden_size, c.num_classes, dtype)
         self.moc = ClassHead(c.hidden_size, c.num_region_classes, dtype)
-        self.cmm = nn.Dense(2, dtype=jnp.float32, kernel_init=nn.initializers.normal(0.02))
+        self.cmm = nn.Dense(2, dtype=at_least_float32(dtype), kernel_init=nn.initializers.normal(0.02))
+        if c.mdc_target == "entity":
+            self.mdc_entity = ClassHead(c.hidden_size, c.num_entities, dtype)
+        if c.order:
+            self.order = ClassHead(c.hidden_size, 2, dtype)
         self.organ = ClassHead(c.hidden_size, c.num_organs, dtype)
         self.condition = ClassHead(c.hidden_size, c.num_conditions, dtype)
         self.findings = ClassHead(c.hidden_size, c.num_findings, dtype)
@@ -129,6 +161,7 @@ class Dilbert(nn.Module):
         token_mask: Array,
         description_zeroed: Array | None = None,
         region_zeroed: Array | None = None,
+        description_order: Array | None = None,
         deterministic: bool = True,
     ) -> Encoded:
         """Runs the three streams through the fusion encoder.
@@ -140,23 +173,31 @@ class Dilbert(nn.Module):
           token_ids, token_types: int [B, L]; token_mask: bool [B, L].
           description_zeroed: bool [B, A], description features to blank (masked description tokens).
           region_zeroed: bool [B, R], region features to blank.
+          description_order: int [B, A], the temporal step whose features each description token shows; None = its own.
           deterministic: no dropout.
         """
         c = self.config
-        patch = c.stem_patch[0]
+        wide = at_least_float32(jnp.dtype(c.dtype))
+        patch = frames_per_step(c.video, c.stem_patch)
         batch, num_frames = frame_mask.shape
         step_mask = frame_mask.reshape(batch, num_frames // patch, patch).any(-1)  # [B, A]
-        features = self.video(normalize_frames(frames, frame_mask), step_mask)  # [B, A, H', W', C]
+        # R3D-18 halves time thrice and needs to know the valid frames in between.
+        video_mask = frame_mask if c.video == "r3d_18" else step_mask
+        features = self.video(normalize_frames(frames, frame_mask, wide), video_mask)  # [B, A, H', W', C]
 
         # The mean says what a step is like, the maximum keeps what shows in a small place.
         description = jnp.concatenate(
             [features.mean(axis=(2, 3)), features.max(axis=(2, 3))], -1
         )  # [B, A, 2 C]
+        if description_order is not None:
+            description = jnp.take_along_axis(description, description_order[..., None], axis=1)
         if description_zeroed is not None:
             description = jnp.where(description_zeroed[..., None], 0.0, description)
 
-        last_step = jnp.maximum(step_mask.sum(-1, keepdims=True) - 1, 0).astype(jnp.float32)
-        steps = jnp.clip((box_frames.astype(jnp.float32) + 0.5) / patch - 0.5, 0.0, last_step)
+        last_step = jnp.maximum(step_mask.sum(-1, keepdims=True) - 1, 0).astype(wide)
+        # A step of the small CNN is centred on its patch of frames; R3D-18's step i on frame 8 i.
+        centre = 0.0 if c.video == "r3d_18" else (patch - 1) / 2
+        steps = jnp.clip((box_frames.astype(wide) - centre) / patch, 0.0, last_step)
         region = pool_regions(features, boxes, steps, c.region_bins)
         if region_zeroed is not None:
             region = jnp.where(region_zeroed[..., None], 0.0, region)
@@ -195,19 +236,28 @@ class Dilbert(nn.Module):
           mlm_positions: int [B, M], the report positions to decode (the vocabulary is wide, the masked few).
 
         Returns:
-          `mlm` [B, M, V], `mdc` [B, A, num_classes] (independent sigmoids), `moc` [B, R, num_region_classes],
-          `cmm` [B, 2] (class 1: report and clip belong together), `summary` [B, 2, num_classes] (what the pooled
-          description and the pooled report each say of the classes, by the head of `mdc`).
+          `mlm` [B, M, V]; `mdc` [B, A, num_classes] (independent sigmoids), or [B, M, num_entities] (softmax) where MDC
+          classifies entities; `moc` [B, R, num_region_classes]; `cmm` [B, 2] (class 1: report and clip belong
+          together); `summary` [B, 2, num_classes] (what the pooled description and the pooled report each say of the
+          classes, by the head of `mdc`); `order` [B, 2] (class 1: description tokens are shuffled), where there is such
+          a head.
         """
+        wide = at_least_float32(jnp.dtype(self.config.dtype))
         tokens = jnp.take_along_axis(encoded.streams["entity"], mlm_positions[..., None], axis=1)
-        mlm = self.entity_embedding.attend(self.mlm_transform(tokens)).astype(jnp.float32) + self.mlm_bias
-        return {
+        mlm = self.entity_embedding.attend(self.mlm_transform(tokens)).astype(wide) + self.mlm_bias
+        by_entity = self.config.mdc_target == "entity"
+        logits = {
             "mlm": mlm,
-            "mdc": self.mdc(encoded.streams["description"]),
+            "mdc": self.mdc_entity(tokens) if by_entity else self.mdc(encoded.streams["description"]),
             "moc": self.moc(encoded.streams["region"]),
-            "cmm": self.cmm(encoded.fused.astype(jnp.float32)),
+            "cmm": self.cmm(encoded.fused.astype(wide)),
             "summary": self.mdc(jnp.stack([encoded.pooled["description"], encoded.pooled["entity"]], axis=1)),
         }
+        if self.config.order:
+            logits["order"] = self.order(
+                _mean_valid(encoded.streams["description"], encoded.masks["description"])
+            )
+        return logits
 
     def annotate(self, encoded: Encoded, entity_names: Array, entity_names_mask: Array) -> dict[str, Any]:
         """Logits of the annotation (PAPER section 6).
@@ -285,17 +335,19 @@ def _overview(features: Array, step_mask: Array) -> Array:
     """Mean and maximum over the whole map, and the means of its four quadrants.
 
     Args:
-      features: [B, A, H, W, C], zero at padded steps; H and W even.
+      features: [B, A, H, W, C], zero at padded steps. Where H or W is odd, quadrants share the middle.
       step_mask: bool [B, A].
 
     Returns:
       [B, 6 * C].
     """
-    batch, _, height, width, channels = features.shape
+    height, width = features.shape[2:4]
     steps = jnp.maximum(step_mask.sum(-1), 1).astype(features.dtype)[:, None, None, None]
     mean = features.sum(axis=1) / steps  # [B, H, W, C]
-    quadrants = mean.reshape(batch, 2, height // 2, 2, width // 2, channels).mean(axis=(2, 4))
+    rows = slice(0, -(-height // 2)), slice(height // 2, height)
+    columns = slice(0, -(-width // 2)), slice(width // 2, width)
+    quadrants = [mean[:, r, c].mean(axis=(1, 2)) for r in rows for c in columns]
     floor = jnp.finfo(features.dtype).min
     largest = jnp.where(step_mask[:, :, None, None, None], features, floor).max(axis=(1, 2, 3))
     largest = jnp.where(step_mask.any(-1)[:, None], largest, 0.0)
-    return jnp.concatenate([mean.mean(axis=(1, 2)), largest, quadrants.reshape(batch, -1)], axis=-1)
+    return jnp.concatenate([mean.mean(axis=(1, 2)), largest, *quadrants], axis=-1)

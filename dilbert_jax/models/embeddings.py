@@ -44,12 +44,13 @@ class EntityEmbedding(nn.Module):
 
 
 class DescriptionEmbedding(nn.Module):
-    """LN(Linear(feature) + temporal position) of the 3-D CNN's temporal steps (D3)."""
+    """LN(Linear(feature) + temporal position) of the 3-D CNN's temporal steps (D3); `position` False: without it."""
 
     hidden_size: int
     max_steps: int
     dropout: float
     dtype: Any = jnp.float32
+    position: bool = True
 
     @nn.compact
     def __call__(self, features: Array, deterministic: bool = True) -> Array:
@@ -59,10 +60,11 @@ class DescriptionEmbedding(nn.Module):
             raise ValueError(
                 f"{steps} description tokens, but the model holds positions for {self.max_steps}"
             )
-        init = nn.initializers.normal(0.02)
-        position = self.param("position", init, (self.max_steps, self.hidden_size))
         x = nn.Dense(self.hidden_size, dtype=self.dtype, name="feature")(features)
-        x = x + position[:steps].astype(self.dtype)
+        if self.position:
+            init = nn.initializers.normal(0.02)
+            position = self.param("position", init, (self.max_steps, self.hidden_size))
+            x = x + position[:steps].astype(self.dtype)
         x = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(x)
         return nn.Dropout(self.dropout)(x, deterministic=deterministic)
 

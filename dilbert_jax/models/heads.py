@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dilbert_jax.models.attention import LAYER_NORM_EPSILON
+from dilbert_jax.models.attention import LAYER_NORM_EPSILON, at_least_float32
 
 Array = jax.Array
 
@@ -42,7 +42,7 @@ class Transform(nn.Module):
 
 
 class ClassHead(nn.Module):
-    """Transform, then float32 logits over `num_classes`."""
+    """Transform, then logits over `num_classes`, float32 at least."""
 
     hidden_size: int
     num_classes: int
@@ -50,10 +50,11 @@ class ClassHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        dtype = at_least_float32(self.dtype)
         if not self.num_classes:  # a data set without such labels
-            return jnp.zeros((*x.shape[:-1], 0), jnp.float32)
+            return jnp.zeros((*x.shape[:-1], 0), dtype)
         x = Transform(self.hidden_size, self.dtype, name="transform")(x)
-        return nn.Dense(self.num_classes, dtype=jnp.float32, name="logits")(x.astype(jnp.float32))
+        return nn.Dense(self.num_classes, dtype=dtype, name="logits")(x.astype(dtype))
 
 
 class MatchHead(nn.Module):
@@ -78,20 +79,21 @@ class MatchHead(nn.Module):
           description [B, A, D], region [B, R, D] with bool masks [B, A], [B, R].
 
         Returns:
-          float32 logits: `frame` [B, E, A], `region` [B, E, R], `clip` [B, E].
+          Logits, float32 at least: `frame` [B, E, A], `region` [B, E, R], `clip` [B, E].
         """
         query = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="query_norm")(
             names.astype(self.dtype)
         )
         query = nn.Dense(self.hidden_size, dtype=self.dtype, name="query")(query)
         bias = self.param("bias", nn.initializers.constant(-2.0), ())
-        scale = 1.0 / jnp.sqrt(jnp.float32(self.hidden_size))
+        dtype = at_least_float32(self.dtype)
+        scale = 1.0 / jnp.sqrt(jnp.asarray(self.hidden_size, dtype))
         logits = {}
         for name, x in (("frame", description), ("region", region)):
             key = nn.Dense(self.hidden_size, dtype=self.dtype, name=f"{name}_key")(x)
-            logits[name] = jnp.einsum("ed,bsd->bes", query, key).astype(jnp.float32) * scale + bias
+            logits[name] = jnp.einsum("ed,bsd->bes", query, key).astype(dtype) * scale + bias
         places = jnp.concatenate([logits["frame"], logits["region"]], axis=-1)
         mask = jnp.concatenate([description_mask, region_mask], axis=-1)[:, None, :]
-        count = jnp.maximum(mask.sum(-1), 1).astype(jnp.float32)
+        count = jnp.maximum(mask.sum(-1), 1).astype(dtype)
         logits["clip"] = jax.nn.logsumexp(places, axis=-1, where=mask) - jnp.log(count)
         return logits

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from dilbert_jax.models.attention import at_least_float32
+
 Array = jax.Array
 
 
@@ -29,13 +31,14 @@ def pool_regions(features: Array, boxes: Array, steps: Array, bins: int = 2) -> 
       [B, R, bins * bins * C].
     """
     num_steps, height, width, channels = features.shape[1:]
-    ymin, xmin, ymax, xmax = jnp.moveaxis(boxes.astype(jnp.float32), -1, 0)  # each [B, R]
-    cut = jnp.arange(bins + 1, dtype=jnp.float32) / bins
+    wide = at_least_float32(features.dtype)
+    ymin, xmin, ymax, xmax = jnp.moveaxis(boxes.astype(wide), -1, 0)  # each [B, R]
+    cut = jnp.arange(bins + 1, dtype=wide) / bins
     ys = ymin[..., None] + (ymax - ymin)[..., None] * cut  # [B, R, bins + 1]
     xs = xmin[..., None] + (xmax - xmin)[..., None] * cut
     weight_y = _overlap(ys[..., :-1], ys[..., 1:], height)  # [B, R, bins, H]
     weight_x = _overlap(xs[..., :-1], xs[..., 1:], width)  # [B, R, bins, W]
-    distance = jnp.abs(steps.astype(jnp.float32)[..., None] - jnp.arange(num_steps))
+    distance = jnp.abs(steps.astype(wide)[..., None] - jnp.arange(num_steps))
     weight_t = jnp.maximum(1.0 - distance, 0.0)  # [B, R, A]
     dtype = features.dtype
     # Time first: it leaves one map per region, so the large axis is contracted once.

@@ -25,9 +25,9 @@ from dilbert_jax.training.checkpoints import StageCheckpoints
 from dilbert_jax.training.interrupt import DeferredInterrupt
 from dilbert_jax.training.log import MetricsLog
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from dilbert_jax.training.step import NETWORKS
 
 STAGES = ("teacher", "student", "mutual", "finetune")
-NETWORKS = ("teacher", "student")
 _log = logging.getLogger(__name__)
 
 
@@ -66,10 +66,20 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> None:
     """
     metrics_log = MetricsLog(workdir)
     params: dict[str, Any] = {}
-    for name in STAGES:
+    for name in stage_names(experiment.context.config):
         stage = _make_stage(name, experiment, params)
         trained = _run_stage(stage, experiment, workdir, metrics_log)
         params |= trained
+
+
+def network_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """The networks that a run trains: teacher and student, or the student alone."""
+    return ("student",) if config.train.single_network else NETWORKS
+
+
+def stage_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """The stages of a run in order; without a teacher its pre-training is left out."""
+    return tuple(s for s in STAGES if s not in NETWORKS or s in network_names(config))
 
 
 def network_params(
@@ -78,8 +88,11 @@ def network_params(
     """Restores one network's parameters at the end of a stage, and the step of the checkpoint."""
     checkpoints = StageCheckpoints(workdir, stage)
     shapes = jax.eval_shape(experiment_context.init_params, jax.random.key(0))
-    networks = NETWORKS if stage in ("mutual", "finetune") else (stage,)
-    optimizer = make_optimizer(OptimizerConfig(**experiment_context.config.optimizer), 1)
+    config = experiment_context.config
+    networks = (stage,) if stage in NETWORKS else network_names(config)
+    if network not in networks:
+        raise ValueError(f"stage {stage} of {workdir} holds no {network}, only {', '.join(networks)}")
+    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), 1)
     like = jax.eval_shape(lambda p: steps.TrainState.create(p, optimizer), {n: shapes for n in networks})
     state = checkpoints.restore(like)
     checkpoint_step = checkpoints.latest_step()
@@ -114,11 +127,8 @@ def _make_stage(name: str, experiment: Experiment, params: Mapping[str, Any]) ->
     frozen: Any
     if name in NETWORKS:
         start = {name: context.init_params(jax.random.key(seed))}
-        frozen = (
-            {"teacher": params["teacher"]}
-            if name == "student" and not train_config.independent_student
-            else {}
-        )
+        taught = name == "student" and "teacher" in params and not train_config.independent_student
+        frozen = {"teacher": params["teacher"]} if taught else {}
 
         def objective(p: Any, f: Any, b: Any, r: Any) -> Any:
             return steps.pretraining_objective(model, loss, p, f.get("teacher"), b, r)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import jax
 import optax
 
 
@@ -34,13 +36,22 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(num_steps, warmup + 1))
 
 
+def _decayed(params: Any) -> Any:
+    """Which parameters weight decay reaches: all but the running statistics of a frozen batch norm."""
+
+    def is_trained(path: tuple[Any, ...], _: Any) -> bool:
+        return not str(getattr(path[-1], "key", "")).startswith("running_")
+
+    return jax.tree_util.tree_map_with_path(is_trained, params)
+
+
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     """Builds the optimizer for a stage of `num_steps` steps."""
     schedule = make_schedule(config, num_steps)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     if config.name == "sgd":
-        decay = optax.add_decayed_weights(config.weight_decay)
+        decay = optax.add_decayed_weights(config.weight_decay, mask=_decayed)
         return optax.chain(clip, decay, optax.sgd(schedule, momentum=config.momentum))
     if config.name == "adamw":
-        return optax.chain(clip, optax.adamw(schedule, weight_decay=config.weight_decay))
+        return optax.chain(clip, optax.adamw(schedule, weight_decay=config.weight_decay, mask=_decayed))
     raise ValueError(f"optimizer.name is {config.name!r}; choose 'sgd' or 'adamw'")

@@ -7,7 +7,7 @@ step: it is never closed over and never in the optimizer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -25,9 +25,8 @@ Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 PAPER_TASKS = ("mlm", "mdc", "moc", "cmm")
-TASKS = (*PAPER_TASKS, "summary")
-MULTI_LABEL = ("mdc", "summary")
-PEER = {"teacher": "student", "student": "teacher"}
+OWN_TASKS = ("summary", "order")  # in use where they have a weight
+NETWORKS = ("teacher", "student")
 VISUAL = (
     "frames",
     "frame_mask",
@@ -49,6 +48,8 @@ class LossConfig:
       summary: weight of classifying the pooled vectors (not in the paper): the description by the clip's classes, also
         where the report is another's, and the report by those of its own study. One head reads both, which gives
         matching two vectors in the same coordinates. 0 = as the paper.
+      order: weight of telling shuffled description tokens from those in order (D9); 0 = no such task.
+      mdc_target: what MDC classifies, "description" or "entity" (D9, see `DilbertConfig`).
       organ, condition, findings, match, grounding: weights of the terms of fine-tuning.
       alpha, beta, gamma: supervised, mutual and self-distillation weights of (13).
       beta1, beta2: angle within relational (9), response within mutual (10).
@@ -63,6 +64,8 @@ class LossConfig:
     moc: float = 1.0
     cmm: float = 1.0
     summary: float = 0.0
+    order: float = 0.0
+    mdc_target: str = "description"
     organ: float = 1.0
     condition: float = 1.0
     findings: float = 1.0
@@ -81,8 +84,13 @@ class LossConfig:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The pre-training tasks in use: the paper's four, and `summary` where it has a weight."""
-        return TASKS if self.summary else PAPER_TASKS
+        """The pre-training tasks in use: the paper's four, `summary` and `order` where they have a weight."""
+        return (*PAPER_TASKS, *(task for task in OWN_TASKS if getattr(self, task)))
+
+    @property
+    def multi_label(self) -> tuple[str, ...]:
+        """The tasks whose classes are independent sigmoids; the others are softmax."""
+        return ("mdc", "summary") if self.mdc_target == "description" else ("summary",)
 
 
 @flax.struct.dataclass
@@ -102,13 +110,14 @@ class TrainState:
 def pretraining_forward(
     model: Dilbert, params: Any, batch: Batch, dropout: Array | None
 ) -> tuple[dict[str, Array], Encoded]:
-    """Logits of the four tasks on the corrupted batch; `dropout` is a key, or None for no dropout."""
+    """Logits of the tasks on the corrupted batch; `dropout` is a key, or None for no dropout."""
 
     def run(module: Dilbert) -> tuple[dict[str, Array], Encoded]:
         encoded = module.encode(
             **{name: batch[name] for name in VISUAL},
             description_zeroed=batch["description_zeroed"],
             region_zeroed=batch["region_zeroed"],
+            description_order=batch["description_order"] if module.config.order else None,
             deterministic=dropout is None,
         )
         return module.pretrain(encoded, batch["mlm_positions"]), encoded
@@ -117,47 +126,73 @@ def pretraining_forward(
     return nn.apply(run, model)({"params": params}, rngs=rngs)
 
 
-def task_masks(batch: Batch, all_pairs: bool = False) -> dict[str, Array]:
-    """Which positions each task's loss counts: masked ones of matched pairs (D12), labelled ones only."""
-    matched = batch["matched"] | all_pairs
-    return {
-        "mlm": batch["mlm_mask"] & matched[:, None],
+def task_masks(batch: Batch, config: LossConfig) -> dict[str, Array]:
+    """Which positions the loss of each task in use counts: masked ones of matched pairs (D12), labelled ones only."""
+    matched = batch["matched"] | config.all_pairs
+    mlm = batch["mlm_mask"] & matched[:, None]
+    masks = {
+        "mlm": mlm,
         "mdc": batch["description_target"] & (matched & batch["classes_mask"])[:, None],
-        "moc": batch["region_target"] & matched[:, None],
+        "moc": batch["region_target"] & (batch["region_labels"] >= 0) & matched[:, None],
         "cmm": batch["cmm_mask"],
-        "summary": jnp.stack([batch["classes_mask"], batch["report_classes_mask"]], axis=1),
     }
+    if config.mdc_target == "entity":
+        masks["mdc"] = mlm & (batch["mlm_entities"] >= 0)
+    if config.summary:
+        masks["summary"] = jnp.stack([batch["classes_mask"], batch["report_classes_mask"]], axis=1)
+    if config.order:
+        masks["order"] = batch["frame_mask"].any(1)
+    return masks
 
 
-def task_losses(logits: Mapping[str, Array], batch: Batch, masks: Mapping[str, Array]) -> dict[str, Array]:
-    """Supervised loss of each task (12), a mean over its valid positions; exactly 0 where there is none."""
-    classes = {
-        "mdc": jnp.broadcast_to(batch["classes"][:, None, :], logits["mdc"].shape),
-        "summary": jnp.stack([batch["classes"], batch["report_classes"]], axis=1),
+def task_targets(batch: Batch, config: LossConfig) -> dict[str, Array]:
+    """Labels of each task in use: class indices, or, for independent sigmoids, bool [..., classes]."""
+    targets = {
+        "mlm": batch["mlm_targets"],
+        "mdc": jnp.broadcast_to(
+            batch["classes"][:, None], (*batch["description_target"].shape, batch["classes"].shape[-1])
+        ),
+        "moc": batch["region_labels"],
+        "cmm": batch["matched"].astype(jnp.int32),
     }
-    values = {
-        "mlm": losses.cross_entropy(logits["mlm"], batch["mlm_targets"]),
-        "moc": losses.cross_entropy(logits["moc"], jnp.maximum(batch["region_labels"], 0)),
-        "cmm": losses.cross_entropy(logits["cmm"], batch["matched"].astype(jnp.int32)),
-    }
-    for task, target in classes.items():
-        # A mean over classes that is 0, not NaN, for a data set without any.
-        values[task] = losses.binary_cross_entropy(logits[task], target).sum(-1) / max(target.shape[-1], 1)
-    return {task: losses.masked_mean(values[task], masks[task]) for task in TASKS}
+    if config.mdc_target == "entity":
+        targets["mdc"] = batch["mlm_entities"]
+    if config.summary:
+        targets["summary"] = jnp.stack([batch["classes"], batch["report_classes"]], axis=1)
+    if config.order:
+        in_order = batch["description_order"] == jnp.arange(batch["description_order"].shape[1])
+        targets["order"] = (~in_order.all(1)).astype(jnp.int32)
+    return targets
+
+
+def task_losses(
+    logits: Mapping[str, Array], batch: Batch, masks: Mapping[str, Array], config: LossConfig
+) -> dict[str, Array]:
+    """Supervised loss of each task in use (12), a mean over its valid positions; exactly 0 where there is none."""
+    targets, values = task_targets(batch, config), {}
+    for task in config.tasks:
+        if task in config.multi_label:
+            entropy = losses.binary_cross_entropy(logits[task], targets[task])
+            # A mean over classes that is 0, not NaN, for a data set without any.
+            value = entropy.sum(-1) / max(entropy.shape[-1], 1)
+        else:
+            value = losses.cross_entropy(logits[task], jnp.maximum(targets[task], 0))
+        values[task] = losses.masked_mean(value, masks[task])
+    return values
 
 
 def soften(
     logits: Mapping[str, Array],
     target: Mapping[str, Array],
     masks: Mapping[str, Array],
-    temperature: float,
-    square: bool,
-    tasks: Sequence[str] = PAPER_TASKS,
+    config: LossConfig,
+    temperature: float = 1.0,
+    square: bool = False,
 ) -> Array:
     """Response terms (3) and (11): KL from `target`'s distribution, summed over the task heads (D18)."""
     total = jnp.float32(0.0)
-    for task in tasks:
-        compare = losses.binary_response_loss if task in MULTI_LABEL else losses.response_loss
+    for task in config.tasks:
+        compare = losses.binary_response_loss if task in config.multi_label else losses.response_loss
         total += compare(logits[task], target[task], temperature=temperature, mask=masks[task])
     return total * (temperature**2 if square else 1.0)
 
@@ -174,20 +209,20 @@ def relational_vector(encoded: Encoded, layer: str) -> Array:
 def pretraining_objective(
     model: Dilbert, config: LossConfig, params: Params, teacher: Any | None, batch: Batch, rng: Array
 ) -> tuple[Array, Metrics]:
-    """Stages 1 and 2 (D19): the four tasks for each network, plus a frozen teacher's soft labels if given."""
-    masks = task_masks(batch, config.all_pairs)
+    """Stages 1 and 2 (D19): the tasks for each network, plus a frozen teacher's soft labels if given."""
+    masks = task_masks(batch, config)
     total: Array = jnp.float32(0.0)
     metrics: Metrics = {}
     for index, (name, network) in enumerate(params.items()):
         logits, _ = pretraining_forward(model, network, batch, jax.random.fold_in(rng, index))
-        supervised = task_losses(logits, batch, masks)
+        supervised = task_losses(logits, batch, masks, config)
         loss = sum(getattr(config, task) * supervised[task] for task in config.tasks)
         metrics |= {f"{name}/{task}": supervised[task] for task in config.tasks}
         if teacher is not None:
             soft, _ = pretraining_forward(model, teacher, batch, None)
             soft = jax.lax.stop_gradient(soft)
             metrics[f"{name}/soft_labels"] = soften(
-                logits, soft, masks, config.temperature, config.scale_by_square, config.tasks
+                logits, soft, masks, config, config.temperature, config.scale_by_square
             )
             loss += metrics[f"{name}/soft_labels"]
         metrics[f"{name}/loss"] = loss
@@ -201,11 +236,14 @@ def mutual_objective(
     """Stage 4: equation (13) for both networks on the identical corrupted batch (D18).
 
     Each network learns from labels, from its peer (response and relations between samples) and from its own
-    frozen snapshot. Peer and snapshot are targets: no gradient flows into them.
+    frozen snapshot. Peer and snapshot are targets: no gradient flows into them. A network alone in `params` has no
+    peer, and so no mutual term.
     """
-    masks = task_masks(batch, config.all_pairs)
+    masks = task_masks(batch, config)
     logits, vectors, anchors = {}, {}, {}
-    for index, name in enumerate(("teacher", "student")):
+    for index, name in enumerate(NETWORKS):
+        if name not in params:
+            continue
         logits[name], encoded = pretraining_forward(
             model, params[name], batch, jax.random.fold_in(rng, index)
         )
@@ -213,26 +251,21 @@ def mutual_objective(
         anchors[name], _ = pretraining_forward(model, frozen[name], batch, None)
     total: Array = jnp.float32(0.0)
     metrics: Metrics = {}
-    for name, peer in PEER.items():
-        supervised = task_losses(logits[name], batch, masks)
-        supervised = {task: supervised[task] for task in config.tasks}
+    for name in logits:
+        supervised = task_losses(logits[name], batch, masks, config)
         cross_entropy = sum(getattr(config, task) * value for task, value in supervised.items())
-        target = jax.lax.stop_gradient(logits[peer])
+        anchor = jax.lax.stop_gradient(anchors[name])
         terms = {
-            "response": soften(logits[name], target, masks, 1.0, False, config.tasks),
-            "distance": distance_loss(vectors[name], vectors[peer], reduction=config.reduction),
-            "angle": angle_loss(vectors[name], vectors[peer], reduction=config.reduction),
-            "self": soften(
-                logits[name],
-                jax.lax.stop_gradient(anchors[name]),
-                masks,
-                config.temperature,
-                config.scale_by_square,
-                config.tasks,
-            ),
+            "self": soften(logits[name], anchor, masks, config, config.temperature, config.scale_by_square)
         }
-        relational = terms["distance"] + config.beta1 * terms["angle"]  # (9)
-        mutual = losses.mutual_loss(relational, terms["response"], beta2=config.beta2)
+        mutual: Array = jnp.float32(0.0)
+        for peer in logits.keys() - {name}:
+            target = jax.lax.stop_gradient(logits[peer])
+            terms["response"] = soften(logits[name], target, masks, config)
+            terms["distance"] = distance_loss(vectors[name], vectors[peer], reduction=config.reduction)
+            terms["angle"] = angle_loss(vectors[name], vectors[peer], reduction=config.reduction)
+            relational = terms["distance"] + config.beta1 * terms["angle"]  # (9)
+            mutual = losses.mutual_loss(relational, terms["response"], beta2=config.beta2)
         loss = losses.distillation_loss(
             cross_entropy, mutual, terms["self"], alpha=config.alpha, beta=config.beta, gamma=config.gamma
         )
