@@ -201,7 +201,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     need(model.dtype in ("float32", "bfloat16"), "model.dtype", "choose 'float32' or 'bfloat16'")
     need(0 <= data.report_dropout < 1, "data.report_dropout", "must lie in [0, 1)")
     need(0 <= config.optimizer.warmup_fraction <= 1, "optimizer.warmup_fraction", "must lie in [0, 1]")
-    layers = ("fused", "description", "entity", "region")
+    layers = ("fused", "description", "entity", "region", "none")
     need(
         config.loss.relational_layer in layers, "loss.relational_layer", f"choose one of {', '.join(layers)}"
     )

@@ -149,14 +149,6 @@ def test_soft_labels_pull_the_student_only(networks):
     assert largest(to_student) > 0 and largest(to_teacher) == 0.0
 
 
-@pytest.mark.parametrize("layer", ["fused", "description", "entity", "region"])
-def test_relational_layer_is_a_choice(networks, frozen, layer):
-    batch = to_device(make_batch())
-    config = dataclasses.replace(LOSS, relational_layer=layer)
-    _, terms = mutual(networks, frozen, batch, config)
-    assert float(terms["student/distance"]) > 0
-
-
 def test_an_unknown_relational_layer_is_refused(networks, frozen):
     config = dataclasses.replace(LOSS, relational_layer="pooled")
     with pytest.raises(ValueError, match=r"relational_layer is 'pooled'"):

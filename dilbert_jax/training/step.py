@@ -55,7 +55,8 @@ class LossConfig:
       beta1, beta2: angle within relational (9), response within mutual (10).
       temperature: T of (11) and of the teacher's soft labels; scale_by_square multiplies those by T squared.
       reduction: "mean", "mean_valid" or "sum" of the relational losses (D14).
-      relational_layer: which vector the relational losses compare: "fused" or a stream's pooled vector (D16).
+      relational_layer: which vector the relational losses compare: "fused" or a stream's pooled vector (D16); "none"
+        leaves (9) out.
       all_pairs: masked losses count mismatched pairs too (D12).
     """
 
@@ -199,11 +200,13 @@ def soften(
 
 def relational_vector(encoded: Encoded, layer: str) -> Array:
     """The vector per sample that the relational losses compare (D16)."""
-    if layer == "fused":
+    if layer in ("fused", "none"):
         return encoded.fused
     if layer in encoded.pooled:
         return encoded.pooled[layer]
-    raise ValueError(f"loss.relational_layer is {layer!r}; choose 'fused' or one of {sorted(encoded.pooled)}")
+    raise ValueError(
+        f"loss.relational_layer is {layer!r}; choose 'fused', 'none' or one of {sorted(encoded.pooled)}"
+    )
 
 
 def pretraining_objective(
@@ -235,11 +238,8 @@ def mutual_objective(
 ) -> tuple[Array, Metrics]:
     """Stage 4: equation (13) for both networks on the identical corrupted batch (D18).
 
-    Each network learns from labels, from its peer (response and relations between samples) and from its own
-    frozen snapshot. Peer and snapshot are targets: no gradient flows into them. A network alone in `params` has no
-    peer, and so no mutual term.
+    A network alone in `params` has no peer, and so no mutual term.
     """
-    masks = task_masks(batch, config)
     logits, vectors, anchors = {}, {}, {}
     for index, name in enumerate(NETWORKS):
         if name not in params:
@@ -249,6 +249,31 @@ def mutual_objective(
         )
         vectors[name] = relational_vector(encoded, config.relational_layer)
         anchors[name], _ = pretraining_forward(model, frozen[name], batch, None)
+    return mutual_terms(config, logits, vectors, anchors, batch)
+
+
+def mutual_terms(
+    config: LossConfig,
+    logits: Mapping[str, Mapping[str, Array]],
+    vectors: Mapping[str, Array],
+    anchors: Mapping[str, Mapping[str, Array]],
+    batch: Batch,
+) -> tuple[Array, Metrics]:
+    """Equation (13) of every network from what the networks say.
+
+    Each learns from labels, from its peer (response and relations between samples) and from its own frozen snapshot.
+    Peer and snapshot are targets: no gradient flows into them.
+
+    Args:
+      logits: network -> task -> logits.
+      vectors: network -> [B, D], what the relational losses compare.
+      anchors: network -> task -> logits of its frozen snapshot.
+      batch: the batch that all of them saw.
+
+    Returns:
+      The sum over the networks, and every term as `network/term`.
+    """
+    masks = task_masks(batch, config)
     total: Array = jnp.float32(0.0)
     metrics: Metrics = {}
     for name in logits:
@@ -262,9 +287,12 @@ def mutual_objective(
         for peer in logits.keys() - {name}:
             target = jax.lax.stop_gradient(logits[peer])
             terms["response"] = soften(logits[name], target, masks, config)
-            terms["distance"] = distance_loss(vectors[name], vectors[peer], reduction=config.reduction)
-            terms["angle"] = angle_loss(vectors[name], vectors[peer], reduction=config.reduction)
-            relational = terms["distance"] + config.beta1 * terms["angle"]  # (9)
+            relational: Array = jnp.float32(0.0)
+            if config.relational_layer != "none":
+                pair = vectors[name], vectors[peer]
+                terms["distance"] = distance_loss(*pair, reduction=config.reduction)
+                terms["angle"] = angle_loss(*pair, reduction=config.reduction)
+                relational = terms["distance"] + config.beta1 * terms["angle"]  # (9)
             mutual = losses.mutual_loss(relational, terms["response"], beta2=config.beta2)
         loss = losses.distillation_loss(
             cross_entropy, mutual, terms["self"], alpha=config.alpha, beta=config.beta, gamma=config.gamma

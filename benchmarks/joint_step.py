@@ -1,0 +1,235 @@
+"""Time of one mutual-learning step: everything in one jitted function beside separate jitted passes.
+
+    python benchmarks/joint_step.py --json joint_step.json
+
+`joint` is the step that training uses: two trainable and two frozen forward passes, both backward passes and both
+updates in one program. `separate` is what one writes first: each network's logits and pooled vectors are computed by a
+jitted forward pass and handed to the others as targets, then each network takes its own jitted gradient and update.
+`stacked` is joint, but with the two trainable networks on a leading axis under vmap, and the frozen ones likewise.
+
+All three compute the same update; the largest difference between their parameters is printed. Rounds are interleaved,
+so that a slow moment of the machine meets all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dilbert_jax import losses
+from dilbert_jax.config import MODEL_PRESETS
+from dilbert_jax.models.dilbert import Dilbert, DilbertConfig
+from dilbert_jax.relational import angle_loss, distance_loss
+from dilbert_jax.training import step as steps
+from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
+
+LOSS = steps.LossConfig()
+SIZES = {"quickstart": "small", "tiny": "tiny"}
+
+
+def make_model(size: str) -> Dilbert:
+    """The quickstart's network (2 blocks, 128 hidden, clips of 12 frames of 64 x 64), or the tiny one, no dropout."""
+    fields: dict[str, Any] = {**MODEL_PRESETS[SIZES[size]], "num_layers": 2, "stem_patch": (3, 4, 4)}
+    spaces: dict[str, Any] = dict(num_organs=7, num_conditions=6, num_findings=25, num_classes=38)
+    return Dilbert(
+        DilbertConfig(vocab_size=900, num_region_classes=14, max_tokens=96, dropout=0.0, **spaces, **fields)
+    )
+
+
+def make_batch(batch_size: int) -> dict[str, jax.Array]:
+    """A random batch of the quickstart's shapes."""
+    rng, b = np.random.default_rng(0), batch_size
+    frames, regions, tokens, masked, classes = 12, 16, 96, 14, 38
+    low = rng.uniform(0, 0.5, (b, regions, 2))
+    batch = {
+        "frames": rng.integers(0, 256, (b, frames, 64, 64)).astype(np.uint8),
+        "frame_mask": np.ones((b, frames), bool),
+        "boxes": np.concatenate([low, low + 0.3], -1).astype(np.float32),
+        "box_frames": rng.integers(0, frames, (b, regions)).astype(np.int32),
+        "region_mask": np.ones((b, regions), bool),
+        "region_labels": rng.integers(0, 14, (b, regions)).astype(np.int32),
+        "region_target": rng.random((b, regions)) < 0.15,
+        "region_zeroed": rng.random((b, regions)) < 0.15,
+        "token_ids": rng.integers(5, 900, (b, tokens)).astype(np.int32),
+        "token_types": rng.integers(0, 6, (b, tokens)).astype(np.int32),
+        "token_mask": np.arange(tokens) < rng.integers(30, tokens, (b, 1)),
+        "mlm_positions": rng.integers(1, 29, (b, masked)).astype(np.int32),
+        "mlm_targets": rng.integers(5, 900, (b, masked)).astype(np.int32),
+        "mlm_mask": np.ones((b, masked), bool),
+        "matched": np.arange(b) % 2 == 0,
+        "cmm_mask": np.ones(b, bool),
+        "description_target": rng.random((b, frames // 3)) < 0.3,
+        "description_zeroed": rng.random((b, frames // 3)) < 0.3,
+        "classes": rng.random((b, classes)) < 0.2,
+        "classes_mask": np.ones(b, bool),
+    }
+    return {name: jnp.asarray(value) for name, value in batch.items()}
+
+
+def make_separate(model: Dilbert, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    """One update by separate jitted passes: four forward passes for the targets, two gradients, two updates."""
+
+    @jax.jit
+    def targets(params, batch):
+        logits, encoded = steps.pretraining_forward(model, params, batch, None)
+        return logits, steps.relational_vector(encoded, LOSS.relational_layer)
+
+    @jax.jit
+    def gradient(params, peer, frozen, batch):
+        masks = steps.task_masks(batch, LOSS)
+
+        def loss(params):
+            logits, encoded = steps.pretraining_forward(model, params, batch, None)
+            vectors = steps.relational_vector(encoded, LOSS.relational_layer)
+            supervised = steps.task_losses(logits, batch, masks, LOSS)
+            relational = distance_loss(vectors, peer[1]) + LOSS.beta1 * angle_loss(vectors, peer[1])
+            response = steps.soften(logits, peer[0], masks, LOSS)
+            return losses.distillation_loss(
+                sum(supervised.values()),
+                losses.mutual_loss(relational, response),
+                steps.soften(logits, frozen[0], masks, LOSS),
+            )
+
+        return jax.grad(loss)(params)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(params, opt_state, gradient):
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    def step(state, frozen, batch):
+        said = {name: targets(state.params[name], batch) for name in steps.NETWORKS}
+        anchors = {name: targets(frozen[name], batch) for name in steps.NETWORKS}
+        params, opt_state = {}, {}
+        for name, peer in (steps.NETWORKS, steps.NETWORKS[::-1]):
+            g = gradient(state.params[name], said[peer], anchors[name], batch)
+            params[name], opt_state[name] = update(state.params[name], state.opt_state[name], g)
+        return steps.TrainState(state.step + 1, params, opt_state)
+
+    return step
+
+
+def make_joint(model: Dilbert, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    """The step that training uses."""
+    update = steps.make_step(functools.partial(steps.mutual_objective, model, LOSS), optimizer)
+
+    def step(state, frozen, batch):
+        return update(state, frozen, batch, jax.random.key(0))[0]
+
+    return step
+
+
+def make_stacked(model: Dilbert, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    """The joint step with the networks on a leading axis: one vmapped forward pass for each pair."""
+
+    def stack(networks):
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(networks[n] for n in steps.NETWORKS))
+
+    def forward(stacked, batch):
+        return jax.vmap(lambda p: steps.pretraining_forward(model, p, batch, None))(stacked)
+
+    def objective(params, frozen, batch, rng):
+        del rng
+        masks = steps.task_masks(batch, LOSS)
+        logits, encoded = forward(stack(params), batch)
+        anchors, _ = jax.lax.stop_gradient(forward(stack(frozen), batch))
+        total: jax.Array = jnp.float32(0.0)
+        for own, peer in ((0, 1), (1, 0)):
+            mine, others = ({k: v[i] for k, v in logits.items()} for i in (own, peer))
+            vectors = encoded.fused[own], encoded.fused[peer]
+            supervised = steps.task_losses(mine, batch, masks, LOSS)
+            relational = distance_loss(*vectors) + LOSS.beta1 * angle_loss(*vectors)
+            response = steps.soften(mine, jax.lax.stop_gradient(others), masks, LOSS)
+            own_anchor = {k: v[own] for k, v in anchors.items()}
+            total += losses.distillation_loss(
+                sum(supervised.values()),
+                losses.mutual_loss(relational, response),
+                steps.soften(mine, own_anchor, masks, LOSS),
+            )
+        return total, {}
+
+    update = steps.make_step(objective, optimizer)
+
+    def step(state, frozen, batch):
+        return update(state, frozen, batch, jax.random.key(0))[0]
+
+    return step
+
+
+MAKERS = {"separate": make_separate, "joint": make_joint, "stacked": make_stacked}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=SIZES, default="quickstart")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each")
+    parser.add_argument("--json", help="write the figures to this file")
+    arguments = parser.parse_args()
+
+    model, batch = make_model(arguments.size), make_batch(arguments.batch_size)
+    names = (jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3), bool))
+    visual = [batch[name] for name in steps.VISUAL]
+    init = jax.jit(lambda key: model.init(key, *visual, batch["mlm_positions"], *names)["params"])
+    networks = {name: init(jax.random.key(i)) for i, name in enumerate(steps.NETWORKS)}
+    frozen = {name: init(jax.random.key(i + 2)) for i, name in enumerate(steps.NETWORKS)}
+    optimizer = make_optimizer(OptimizerConfig("sgd", 0.01, warmup_fraction=0.0), 1000)
+    runs, states, compile_seconds = {}, {}, {}
+    for name, make in MAKERS.items():
+        runs[name] = make(model, optimizer)
+        state = steps.TrainState.create(jax.tree.map(jnp.array, networks), optimizer)
+        start = time.perf_counter()
+        states[name] = jax.block_until_ready(runs[name](state, frozen, batch))
+        compile_seconds[name] = time.perf_counter() - start
+    seconds: dict[str, list[float]] = {name: [] for name in MAKERS}
+    for _ in range(arguments.rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            states[name] = jax.block_until_ready(run(states[name], frozen, batch))
+            seconds[name].append(time.perf_counter() - start)
+
+    def difference(name: str) -> float:
+        pairs = zip(
+            jax.tree.leaves(states[name].params), jax.tree.leaves(states["joint"].params), strict=True
+        )
+        return max(float(jnp.abs(a - b).max()) for a, b in pairs)
+
+    base = np.asarray(seconds["separate"])
+    rows = {}
+    print(f"{'step':>9} {'median ms':>10} {'of separate':>22} {'first call s':>13} {'difference':>11}")
+    for name, values in seconds.items():
+        ratios = np.asarray(values) / base
+        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+        rows[name] = {
+            "median_ms": 1e3 * statistics.median(values),
+            "ratio": float(middle),
+            "ratio_quartiles": [float(low), float(high)],
+            "first_call_s": compile_seconds[name],
+            "largest_parameter_difference": difference(name),
+        }
+        row = rows[name]
+        print(
+            f"{name:>9} {row['median_ms']:10.1f} {middle:8.3f} [{low:.3f}, {high:.3f}]"
+            f" {row['first_call_s']:13.1f} {row['largest_parameter_difference']:11.1e}"
+        )
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            about = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), **vars(arguments)}
+            json.dump({"about": about, "steps": rows}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

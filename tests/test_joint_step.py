@@ -1,0 +1,212 @@
+"""The joint step of mutual learning against its definition: two passes, one network at a time, with fixed targets."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import CONFIG, init_params, make_batch, to_device
+
+from dilbert_jax import losses, relational
+from dilbert_jax.models import Dilbert
+from dilbert_jax.training import step as steps
+from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
+
+SMALL = dataclasses.replace(CONFIG, num_layers=1, dropout=0.0)  # compiling dominates
+MODEL = Dilbert(SMALL)
+LOSS = steps.LossConfig(summary=0.5, temperature=2.0, scale_by_square=True)
+RNG = jax.random.key(0)
+MULTI_LABEL = ("mdc", "summary")
+
+
+@pytest.fixture(scope="module")
+def networks():
+    return {"teacher": init_params(1, SMALL), "student": init_params(2, SMALL)}
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return {"teacher": init_params(3, SMALL), "student": init_params(4, SMALL)}
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return to_device(make_batch())
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def joint(networks, frozen, batch, config):
+    """Value, metrics and gradient of the joint objective."""
+    objective = functools.partial(steps.mutual_objective, MODEL, config)
+    return jax.value_and_grad(objective, has_aux=True)(networks, frozen, batch, RNG)
+
+
+_pretraining_forward = steps.pretraining_forward
+
+
+@jax.jit
+def forward(params, batch):
+    return _pretraining_forward(MODEL, params, batch, None)
+
+
+def two_pass_gradient(params, peer, snapshot, batch, config):
+    """Equation (13) of one network, written out; what the others say is computed before and fixed."""
+    peer_logits, peer_encoded = jax.tree.map(np.asarray, forward(peer, batch))
+    frozen_logits, _ = jax.tree.map(np.asarray, forward(snapshot, batch))
+    masks = steps.task_masks(batch, config)
+
+    def divergence(logits, targets, temperature):
+        total = 0.0
+        for task in config.tasks:
+            compare = losses.binary_response_loss if task in MULTI_LABEL else losses.response_loss
+            total += compare(logits[task], targets[task], temperature=temperature, mask=masks[task])
+        return total
+
+    @jax.jit
+    def loss(params):
+        logits, encoded = steps.pretraining_forward(MODEL, params, batch, None)
+        supervised = steps.task_losses(logits, batch, masks, config)
+        cross_entropy = sum(getattr(config, task) * value for task, value in supervised.items())
+        mutual = relational.relational_loss(encoded.fused, peer_encoded.fused, beta1=config.beta1)
+        mutual += config.beta2 * divergence(logits, peer_logits, 1.0)
+        own = divergence(logits, frozen_logits, config.temperature)
+        own *= config.temperature**2 if config.scale_by_square else 1.0
+        return config.alpha * cross_entropy + config.beta * mutual + config.gamma * own
+
+    return jax.value_and_grad(loss)(params)
+
+
+def assert_close(ours, theirs, tolerance):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        scale = max(float(jnp.abs(b).max()), 0.01)
+        np.testing.assert_allclose(a, b, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path))
+
+
+def test_gradients_equal_the_two_pass_version(networks, frozen, batch):
+    (_, metrics), gradient = joint(networks, frozen, batch, LOSS)
+    for name, peer in (steps.NETWORKS, steps.NETWORKS[::-1]):
+        value, expected = two_pass_gradient(networks[name], networks[peer], frozen[name], batch, LOSS)
+        np.testing.assert_allclose(metrics[f"{name}/loss"], value, rtol=1e-5)
+        assert_close(gradient[name], expected, 2e-4)
+
+
+def test_one_update_equals_two_separate_optimizers(networks, frozen, batch):
+    """Each network has its own clipping, decay and momentum; the input buffers are given up."""
+    optimizer = make_optimizer(OptimizerConfig("sgd", 0.24, warmup_fraction=0.0), 10)
+    expected = {}
+    _, gradient = joint(networks, frozen, batch, LOSS)
+    for name in steps.NETWORKS:
+        state = optimizer.init(networks[name])
+        for _ in range(2):  # the schedule starts at 0: twice the same gradient, then look
+            updates, state = optimizer.update(gradient[name], state, networks[name])
+        expected[name] = optax.apply_updates(networks[name], updates)
+
+    objective = functools.partial(steps.mutual_objective, MODEL, LOSS)
+    update = steps.make_step(objective, optimizer)
+    start = steps.TrainState.create(jax.tree.map(jnp.array, networks), optimizer)
+    first, _ = update(start, frozen, batch, RNG)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(start.params))
+    second, _ = update(first, frozen, batch, RNG)
+    assert update._cache_size() == 1
+    assert_close(second.params, expected, 1e-4)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
+
+
+# Weight -> the terms it multiplies in a network's loss; every other term must stay what it was.
+WEIGHTS = {
+    "alpha": lambda t, c: sum(getattr(c, task) * t[task] for task in c.tasks),
+    "beta": lambda t, c: t["distance"] + c.beta1 * t["angle"] + c.beta2 * t["response"],
+    "gamma": lambda t, c: t["self"],
+    "beta1": lambda t, c: c.beta * t["angle"],
+    "beta2": lambda t, c: c.beta * t["response"],
+    "mlm": lambda t, c: c.alpha * t["mlm"],
+    "mdc": lambda t, c: c.alpha * t["mdc"],
+    "moc": lambda t, c: c.alpha * t["moc"],
+    "cmm": lambda t, c: c.alpha * t["cmm"],
+    "summary": lambda t, c: c.alpha * t["summary"],
+}
+
+
+@pytest.fixture(scope="module")
+def said(networks, frozen, batch):
+    """What networks and snapshots say of the batch: logits, vectors, anchors."""
+    outputs = {name: forward(params, batch) for name, params in networks.items()}
+    logits = {name: said for name, (said, _) in outputs.items()}
+    vectors = {name: encoded.fused for name, (_, encoded) in outputs.items()}
+    return logits, vectors, {name: forward(params, batch)[0] for name, params in frozen.items()}
+
+
+def test_the_objective_is_made_of_these_terms(networks, frozen, batch, said):
+    (total, metrics), _ = joint(networks, frozen, batch, LOSS)
+    expected, terms = steps.mutual_terms(LOSS, *said, batch)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    assert metrics.keys() == terms.keys()
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_a_weight_changes_exactly_its_terms(said, batch, weight):
+    changed = dataclasses.replace(LOSS, **{weight: getattr(LOSS, weight) + 0.75})
+    before, after = (jax.device_get(steps.mutual_terms(c, *said, batch)[1]) for c in (LOSS, changed))
+    for name in steps.NETWORKS:
+        terms = {key.split("/")[1]: v for key, v in before.items() if key.startswith(name)}
+        for key in terms.keys() - {"loss"}:
+            np.testing.assert_allclose(after[f"{name}/{key}"], terms[key], rtol=1e-6, err_msg=key)
+        expected = terms["loss"] + 0.75 * WEIGHTS[weight](terms, LOSS)
+        assert expected > terms["loss"] + 1e-4
+        np.testing.assert_allclose(after[f"{name}/loss"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_temperature_changes_self_distillation_alone(said, batch, square):
+    changed = dataclasses.replace(LOSS, temperature=5.0, scale_by_square=square)
+    before, after = (jax.device_get(steps.mutual_terms(c, *said, batch)[1]) for c in (LOSS, changed))
+    for name in steps.NETWORKS:
+        for key in before.keys() - {f"{n}/{k}" for n in steps.NETWORKS for k in ("self", "loss")}:
+            np.testing.assert_allclose(after[key], before[key], rtol=1e-6, err_msg=key)
+        logits, _, anchors = (part[name] for part in said)
+        softened = steps.soften(logits, anchors, steps.task_masks(batch, LOSS), LOSS, 5.0)
+        expected = softened * (25.0 if square else 1.0)
+        np.testing.assert_allclose(after[f"{name}/self"], expected, rtol=1e-5)
+        assert abs(after[f"{name}/self"] - before[f"{name}/self"]) > 1e-3 * before[f"{name}/self"]
+
+
+def test_temperature_reaches_the_soft_labels_of_the_student(networks, batch, monkeypatch):
+    # The compiled forward pass: running the network op by op would compile every op.
+    monkeypatch.setattr(steps, "pretraining_forward", lambda model, params, b, dropout: forward(params, b))
+
+    def soft(config):
+        return steps.pretraining_objective(
+            MODEL, config, {"student": networks["student"]}, networks["teacher"], batch, RNG
+        )[1]
+
+    warm, squared = soft(dataclasses.replace(LOSS, scale_by_square=False)), soft(LOSS)
+    cold = soft(dataclasses.replace(LOSS, temperature=1.0))
+    assert float(warm["student/soft_labels"]) < float(cold["student/soft_labels"])
+    np.testing.assert_allclose(squared["student/soft_labels"], 4.0 * warm["student/soft_labels"], rtol=1e-6)
+
+
+def test_one_network_alone_is_plain_pretraining(networks, frozen, batch):
+    config = dataclasses.replace(LOSS, alpha=1.0, gamma=0.0)
+    alone = {"student": networks["student"]}
+    (value, metrics), gradient = joint(alone, frozen, batch, config)
+    assert not {"student/response", "student/distance", "student/angle"} & metrics.keys()
+
+    def plain(params):
+        return steps.pretraining_objective(MODEL, config, params, None, batch, RNG)[0]
+
+    expected, expected_gradient = jax.jit(jax.value_and_grad(plain))(alone)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    assert_close(gradient, expected_gradient, 1e-5)
+
+
+def test_both_networks_and_snapshots_see_the_same_corrupted_batch(networks, batch):
+    """With one set of weights everywhere nothing is left to distil (no dropout here)."""
+    same = {name: networks["teacher"] for name in steps.NETWORKS}
+    (_, metrics), gradient = joint(same, same, batch, LOSS)
+    for name in steps.NETWORKS:
+        for term in ("response", "self", "distance", "angle"):
+            assert abs(float(metrics[f"{name}/{term}"])) < 1e-5
+    assert_close(gradient["teacher"], gradient["student"], 1e-6)
