@@ -151,7 +151,7 @@ def measure_torch(number: int, width: int, repeats: int) -> dict[str, float]:
         return loss
 
     before = _peak_mib()
-    loss = float(run())
+    loss = float(run().detach())
     return {"seconds": _repeat(run, min(repeats, 3)), "peak_mib": _peak_mib() - before, "loss": loss}
 
 

@@ -105,6 +105,10 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     train.batch_size = 32
     train.teacher_epochs = 10.0
     train.student_epochs = 10.0
+    train.entity_weights = (
+        ""  # a Hugging Face BERT folder for the entity stream; data.vocab_file is its vocab.txt
+    )
+    train.video_weights = ""  # R3D-18 as .safetensors to start the 3-D CNN from (model.video = "r3d_18")
     train.single_network = False  # True: the student alone, without teacher and mutual terms (ablation)
     train.independent_student = False  # True: the student pre-trains without the teacher's soft labels (D19)
     train.mutual_epochs = 4.0

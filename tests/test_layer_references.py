@@ -63,20 +63,20 @@ def test_conv3d_equals_pytorch(vectors, name, size):
 
 
 @pytest.mark.parametrize(
-    ("name", "rate", "momentum", "decay"),
+    ("name", "momentum", "decay"),
     [
-        ("lr0.24_m0.9_wd1e-4", 0.24, 0.9, 1e-4),
-        ("lr0.1_m0.9_wd0", 0.1, 0.9, 0.0),
-        ("lr0.24_m0_wd1e-4", 0.24, 0.0, 1e-4),
+        ("lr0.24_m0.9_wd1e-4", 0.9, 1e-4),
+        ("lr0.1_m0.9_wd0", 0.9, 0.0),
+        ("lr0.24_m0_wd1e-4", 0.0, 1e-4),
+        ("cosine_lr0.24_m0.9_wd1e-4", 0.9, 1e-4),
     ],
 )
-def test_sgd_follows_pytorch(vectors, monkeypatch, name, rate, momentum, decay):
+def test_sgd_follows_pytorch(vectors, monkeypatch, name, momentum, decay):
     file = vectors("sgd")
-    config = OptimizerConfig("sgd", rate, weight_decay=decay, momentum=momentum, clip_norm=0.0)
-    monkeypatch.setattr(
-        "dilbert_jax.training.optimizer.make_schedule", lambda *_: optax.constant_schedule(rate)
-    )
+    config = OptimizerConfig("sgd", weight_decay=decay, momentum=momentum, clip_norm=0.0)
     with jax.enable_x64(True):
+        rates = jnp.asarray(file[f"f64/{name}/lr"])
+        monkeypatch.setattr("dilbert_jax.training.optimizer.make_schedule", lambda *_: lambda i: rates[i])
         x, y = jnp.asarray(file["X"]), jnp.asarray(file["y"])
         params = {key: jnp.asarray(file[f"init/{key}"]) for key in ("W1", "b1", "W2", "b2")}
 

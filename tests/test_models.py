@@ -128,6 +128,26 @@ def test_padded_regions_change_nothing(params):
     assert_same((tasks, annotation), (other_tasks, other_annotation))
 
 
+def test_appended_tokens_and_regions_change_nothing(params):
+    """Not only what stands in the padding, but how much of it there is."""
+    long = make_batch()
+    long["token_mask"][:, -3:] = False
+    long["region_mask"][:, -2:] = False
+    long["mlm_positions"] = np.minimum(long["mlm_positions"], L - 4)
+    short = dict(long)
+    for name in ("token_ids", "token_types", "token_mask"):
+        short[name] = long[name][:, :-3]
+    for name in ("boxes", "box_frames", "region_mask"):
+        short[name] = long[name][:, :-2]
+    encoded, tasks, annotation = encode(params, short)
+    other_encoded, other_tasks, other_annotation = encode(params, long)
+    other_tasks["moc"] = other_tasks["moc"][:, :-2]
+    other_annotation["match"]["region"] = other_annotation["match"]["region"][..., :-2]
+    assert_same((tasks, annotation), (other_tasks, other_annotation))
+    assert_same(encoded.streams["entity"], other_encoded.streams["entity"][:, :-3])
+    assert_same(encoded.fused, other_encoded.fused)
+
+
 def test_appended_frames_change_nothing(params):
     short = make_batch()
     long = dict(short)

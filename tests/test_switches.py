@@ -199,7 +199,9 @@ def test_any_mismatch_may_take_a_report_of_the_same_patient():
 def said():
     """Logits and encodings of two networks on one batch."""
     run = jax.jit(lambda p, b: steps.pretraining_forward(Dilbert(QUIET), p, b, None))
-    return {name: run(init_params(i, QUIET), to_device(make_batch())) for i, name in enumerate(steps.NETWORKS)}
+    return {
+        name: run(init_params(i, QUIET), to_device(make_batch())) for i, name in enumerate(steps.NETWORKS)
+    }
 
 
 def mutual_terms(said, **changes):

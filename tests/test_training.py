@@ -189,6 +189,21 @@ def test_checkpoints_keep_the_newest_and_return_every_bit(tmp_path, rng):
     again.close()
 
 
+def test_weights_are_read_whatever_optimizer_was_saved_beside_them(tmp_path):
+    saved = {
+        "params": {"student": {"w": jnp.arange(3.0)}, "teacher": {"w": jnp.ones(3)}},
+        "opt_state": [{"m": jnp.ones(3)}],
+    }
+    checkpoints = StageCheckpoints(tmp_path, "mutual")
+    checkpoints.save(7, saved)
+    restored = checkpoints.restore_part(
+        {"params": {"student": {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}}}
+    )
+    checkpoints.close()
+    assert jax.tree.map(jnp.shape, restored) == {"params": {"student": {"w": (3,)}}}
+    np.testing.assert_array_equal(restored["params"]["student"]["w"], [0.0, 1.0, 2.0])
+
+
 # --- whole runs -------------------------------------------------------------------------------------------
 
 

@@ -29,11 +29,18 @@ class StageCheckpoints:
         if step != self.latest_step():
             for half_written in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(half_written)
-            self._manager.save(step, args=ocp.args.StandardSave(tree))
+            self._manager.save(step, args=ocp.args.PyTreeSave(tree))
             self._manager.wait_until_finished()
 
     def restore(self, like: Any, step: int | None = None) -> Any:
         """Restores into the structure, shapes and dtypes of `like` (arrays or ShapeDtypeStructs)."""
+        return self._restore(like, step)
+
+    def restore_part(self, like: Any, step: int | None = None) -> Any:
+        """Restores the entries of `like` alone: weights are read whatever optimizer was saved beside them."""
+        return self._restore(like, step, partial_restore=True)
+
+    def _restore(self, like: Any, step: int | None, **options: bool) -> Any:
         step = self.latest_step() if step is None else step
         if step is None:
             raise FileNotFoundError(f"no checkpoint under {self.folder}; run the stage before it first")
@@ -42,7 +49,9 @@ class StageCheckpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or device),
             like,
         )
-        return self._manager.restore(step, args=ocp.args.StandardRestore(target))
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        args = ocp.args.PyTreeRestore(target, restore_args=restore_args, **options)
+        return self._manager.restore(step, args=args)
 
     def close(self) -> None:
         self._manager.close()

@@ -92,12 +92,10 @@ def network_params(
     networks = (stage,) if stage in NETWORKS else network_names(config)
     if network not in networks:
         raise ValueError(f"stage {stage} of {workdir} holds no {network}, only {', '.join(networks)}")
-    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), 1)
-    like = jax.eval_shape(lambda p: steps.TrainState.create(p, optimizer), {n: shapes for n in networks})
-    state = checkpoints.restore(like)
+    restored = checkpoints.restore_part({"params": {network: shapes}})
     checkpoint_step = checkpoints.latest_step()
     checkpoints.close()
-    return state.params[network], int(checkpoint_step or 0)
+    return restored["params"][network], int(checkpoint_step or 0)
 
 
 def _make_stage(name: str, experiment: Experiment, params: Mapping[str, Any]) -> Stage:
@@ -126,7 +124,7 @@ def _make_stage(name: str, experiment: Experiment, params: Mapping[str, Any]) ->
     start: dict[str, Any]
     frozen: Any
     if name in NETWORKS:
-        start = {name: context.init_params(jax.random.key(seed))}
+        start = {name: _initial_params(context, seed)}
         taught = name == "student" and "teacher" in params and not train_config.independent_student
         frozen = {"teacher": params["teacher"]} if taught else {}
 
@@ -146,6 +144,20 @@ def _make_stage(name: str, experiment: Experiment, params: Mapping[str, Any]) ->
             return steps.annotation_objective(model, loss, p, names, entity_of_region, b, r)
 
     return Stage(name, objective, start, frozen, optimizer, num_steps, per_epoch, batches)
+
+
+def _initial_params(context: Any, seed: int) -> Any:
+    """Random parameters, with the parts that the configuration takes from outside."""
+    params, train_config = context.init_params(jax.random.key(seed)), context.config.train
+    if train_config.entity_weights or train_config.video_weights:
+        from dilbert_jax.parity import outside  # needs an extra
+
+        if train_config.entity_weights:
+            folder = pathlib.Path(train_config.entity_weights)
+            params = outside.with_bert(params, folder, context.config.model.num_heads)
+        if train_config.video_weights:
+            params = outside.with_r3d_18(params, pathlib.Path(train_config.video_weights))
+    return params
 
 
 def _run_stage(

@@ -1,0 +1,638 @@
+"""Measures how far the JAX and the PyTorch implementation agree: outputs, gradients, losses over training steps.
+
+Both start from the same weights and see the same batches, without dropout. The mutual stage is trained with SGD in
+each framework on its own; nothing passes between them after the start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import traverse_util
+
+from dilbert_jax.config import check_config
+from dilbert_jax.experiment import MAX_NAME_PIECES, open_experiment
+from dilbert_jax.input_pipeline import MASK_RATE, training_batches
+from dilbert_jax.models import Dilbert, DilbertConfig
+from dilbert_jax.models.dilbert import frames_per_step
+from dilbert_jax.parity import MISSING_EXTRA, torch_losses, torch_model
+from dilbert_jax.parity.names import from_torch, to_torch
+from dilbert_jax.parity.torch_training import MutualTraining, to_tensors
+from dilbert_jax.training import step as steps
+from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+
+try:
+    import torch
+except ImportError as error:
+    raise ImportError(MISSING_EXTRA) from error
+
+DTYPES = ("float64", "float32")
+# Largest relative difference that counts as agreement.
+TOLERANCES = {"float64": 1e-8, "float32": 1e-3}
+HOST_ONLY = ("study", "frame_index")
+# A loss term below this share of its network's loss is measured against that share.
+SMALL_TERM = 1e-3
+NETWORKS = ("teacher", "student")
+Batch = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What both implementations run on.
+
+    Attributes:
+      model: the architecture; its dtype is replaced.
+      loss, optimizer: of the mutual stage.
+      batches: one pre-training batch a step.
+      annotation: a batch of `ExampleBuilder.annotation`.
+      names: word pieces of the candidate entities int [E, P] and their mask.
+      source: where the batches are from, in words.
+    """
+
+    model: DilbertConfig
+    loss: steps.LossConfig
+    optimizer: OptimizerConfig
+    batches: Sequence[Batch]
+    annotation: Batch
+    names: tuple[np.ndarray, np.ndarray]
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Relative differences in one dtype.
+
+    Attributes:
+      dtype: "float64" or "float32".
+      outputs: per output, largest difference over the largest value.
+      gradients: per objective and layer, norm of the difference over the norm of the gradient.
+      trajectory: per loss term, values [2, steps]: JAX, PyTorch.
+      parameters: per network, norm of the difference over the norm, of what the steps changed in the worst layer.
+    """
+
+    dtype: str
+    outputs: dict[str, float]
+    gradients: dict[str, dict[str, float]]
+    trajectory: dict[str, np.ndarray]
+    parameters: dict[str, float]
+
+    def term_differences(self) -> dict[str, np.ndarray]:
+        """Per loss term, the relative difference at every step (see `SMALL_TERM`)."""
+        out = {}
+        for term, (ours, theirs) in self.trajectory.items():
+            loss = term.split("/")[0] + "/loss" if "/" in term else "loss"
+            floor = SMALL_TERM * np.abs(self.trajectory[loss][0])
+            out[term] = np.abs(ours - theirs) / np.maximum(np.maximum(np.abs(ours), floor), 1e-300)
+        return out
+
+    def largest(self) -> dict[str, float]:
+        """The largest difference of each part; NaN counts as the largest."""
+        parts = {"forward pass": list(self.outputs.values())}
+        parts |= {f"gradients, {name}": list(layers.values()) for name, layers in self.gradients.items()}
+        parts |= {"loss trajectory": [float(np.max(d)) for d in self.term_differences().values()]}
+        return {name: float(np.max(values)) for name, values in parts.items()}
+
+    def missed(self) -> list[str]:
+        """Parts that do not agree within the dtype's tolerance."""
+        return [name for name, value in self.largest().items() if not value <= TOLERANCES[self.dtype]]
+
+
+def dataset_setting(config: ml_collections.ConfigDict, num_steps: int, learning_rate: float) -> Setting:
+    """Takes batches from a configuration's data set, through the ordinary pipeline.
+
+    Args:
+      config: an experiment's configuration; its optimizer and dropout are replaced.
+      num_steps: how many batches.
+      learning_rate: peak rate of SGD.
+
+    Returns:
+      The setting, with no dropout.
+
+    Raises:
+      ValueError: a configuration or data that cannot work, or options that the PyTorch model does not have.
+    """
+    config = _prepared(config, learning_rate)
+    with tempfile.TemporaryDirectory() as workdir:
+        experiment = open_experiment(config, pathlib.Path(workdir))
+    context, builder = experiment.context, experiment.builder
+    indices, size = experiment.indices["train"], config.train.batch_size
+    batches = training_batches(builder.pretraining, indices, size, config.seed)
+    annotation = training_batches(builder.annotation, indices, size, config.seed)
+    return Setting(
+        context.model.config,
+        context.loss,
+        OptimizerConfig(**config.optimizer),
+        [next(batches) for _ in range(num_steps)],
+        next(annotation),
+        context.entity_names,
+        f"data set {config.data.name}",
+    )
+
+
+def random_setting(config: ml_collections.ConfigDict, num_steps: int, learning_rate: float) -> Setting:
+    """Makes random batches of a configuration's shapes, padded at random, without any data set.
+
+    Args:
+      config, num_steps, learning_rate: as in `dataset_setting`.
+
+    Returns:
+      The setting, with no dropout.
+
+    Raises:
+      ValueError: a configuration that cannot work, or options that the PyTorch model does not have.
+    """
+    config = _prepared(config, learning_rate)
+    data = config.data
+    rng = np.random.default_rng(config.seed)
+    fields: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in config.model.items()
+    }
+    num_steps_a_clip = data.num_frames // frames_per_step(config.model.video, config.model.stem_patch)
+    model = DilbertConfig(
+        vocab_size=data.vocab_size, num_organs=4, num_conditions=5, num_findings=6, num_classes=12,
+        num_region_classes=5, num_entities=9, mdc_target=config.loss.mdc_target, order=config.loss.order > 0,
+        max_tokens=data.max_tokens, max_steps=num_steps_a_clip, **fields,
+    )  # fmt: skip
+    regions = data.grid_steps * sum(s * s for s in data.grid_scales)
+    sizes = {"frames": data.num_frames, "size": data.size, "batch": config.train.batch_size}
+    batches = [
+        _random_batch(rng, model, regions + data.max_annotated_regions, **sizes) for _ in range(num_steps)
+    ]
+    annotation = dict(_random_batch(rng, model, regions, **sizes))
+    annotation |= {name: annotation[name][:, :2] for name in ("token_ids", "token_types", "token_mask")}
+    names = rng.integers(5, model.vocab_size, (model.num_entities, MAX_NAME_PIECES)).astype(np.int32)
+    names_mask = np.arange(MAX_NAME_PIECES) < rng.integers(1, MAX_NAME_PIECES + 1, (model.num_entities, 1))
+    return Setting(
+        model,
+        steps.LossConfig(**config.loss),
+        OptimizerConfig(**config.optimizer),
+        batches,
+        annotation,
+        (names, names_mask),
+        "random batches",
+    )
+
+
+def measure(setting: Setting, dtype: str, seed: int = 0) -> Agreement:
+    """Runs both implementations and compares them.
+
+    Args:
+      setting: model, losses and batches.
+      dtype: "float64" or "float32", of parameters and arithmetic in both.
+      seed: of the initial weights.
+
+    Returns:
+      The differences.
+
+    Raises:
+      ValueError: an option that the PyTorch side does not have.
+    """
+    model_config = dataclasses.replace(setting.model, dtype=dtype, dropout=0.0)
+    torch_model.check_supported(model_config)
+    torch_losses.check_supported(setting.loss)
+    starts = _initial_params(setting, model_config, seed)
+    with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
+        outputs = compare_outputs(setting, model_config, starts["teacher"])
+        start = {name: starts[name] for name in NETWORKS}
+        other = {name: starts[f"other_{name}"] for name in NETWORKS}
+        gradients = {
+            objective: compare_gradients(setting, model_config, start, other, objective)
+            for objective in ("pretraining", "mutual")
+        }
+        trajectory, parameters = compare_training(setting, model_config, start)
+    return Agreement(dtype, outputs, gradients, trajectory, parameters)
+
+
+def render(setting: Setting, agreements: Sequence[Agreement], few: int = 5) -> str:
+    """Writes the comparison as Markdown tables.
+
+    Args:
+      setting: what was run.
+      agreements: one a dtype.
+      few: how many layers with the largest gradient difference to list.
+
+    Returns:
+      Text.
+    """
+    o = setting.optimizer
+    lines = [
+        f"JAX {jax.__version__} on {jax.default_backend()}, PyTorch {torch.__version__} on cpu; {setting.source}, "
+        f"batches of {len(setting.batches[0]['frames'])}, no dropout; mutual stage, {len(setting.batches)} steps of "
+        f"SGD (in place of the configuration's optimizer): peak learning rate {o.learning_rate:g}, momentum "
+        f"{o.momentum:g}, weight decay {o.weight_decay:g}, gradient norm clipped at {o.clip_norm:g}.",
+    ]
+    for agreement in agreements:
+        tolerance = TOLERANCES[agreement.dtype]
+        lines += ["", f"## {agreement.dtype}: relative difference, at most {tolerance:g} wanted", ""]
+        lines += _table(
+            ["part", "largest", "agrees"],
+            [
+                [name, f"{value:.1e}", "yes" if value <= tolerance else "NO"]
+                for name, value in agreement.largest().items()
+            ],
+        )
+        lines += ["", *_table(["output", "difference"], _sorted_rows(agreement.outputs))]
+        for objective, layers in agreement.gradients.items():
+            modules: dict[str, float] = {}
+            for layer, value in layers.items():
+                module = layer.split("/")[0]
+                modules[module] = float(np.maximum(modules.get(module, 0.0), value))
+            worst = ", ".join(f"{name} {value}" for name, value in _sorted_rows(layers)[:few])
+            lines += ["", *_table([f"module ({objective})", "worst layer's gradient"], _sorted_rows(modules))]
+            lines += ["", f"Largest: {worst}"]
+        differences = agreement.term_differences()
+        rows = []
+        for term, (ours, theirs) in agreement.trajectory.items():
+            at = int(np.argmax(differences[term]))
+            figures = [f"{v:.9g}" for v in (ours[0], theirs[0], ours[-1], theirs[-1])]
+            rows.append([term, *figures, f"{differences[term][at]:.1e}", str(at)])
+        header = ["term", "JAX first", "PyTorch first", "JAX last", "PyTorch last", "difference", "at step"]
+        lines += ["", *_table(header, rows)]
+        changed = ", ".join(f"{name} {value:.1e}" for name, value in agreement.parameters.items())
+        lines += [
+            "",
+            f"Difference of what the steps changed in the parameters, in the worst layer: {changed}",
+        ]
+    lines += [
+        "",
+        f"Outputs: largest difference over largest value. Gradients: norm of the difference over the layer's norm. "
+        f"Terms: over the term's own value, or over {SMALL_TERM:g} of its network's loss where that is more.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def to_json(setting: Setting, agreements: Sequence[Agreement]) -> str:
+    """Writes the comparison as JSON: settings, all differences, and both trajectories."""
+    record = {
+        "jax": jax.__version__,
+        "torch": torch.__version__,
+        "source": setting.source,
+        "batch_size": len(setting.batches[0]["frames"]),
+        "steps": len(setting.batches),
+        "model": dataclasses.asdict(setting.model),
+        "loss": dataclasses.asdict(setting.loss),
+        "optimizer": dataclasses.asdict(setting.optimizer),
+        "agreements": [
+            {
+                "dtype": a.dtype,
+                "tolerance": TOLERANCES[a.dtype],
+                "largest": a.largest(),
+                "missed": a.missed(),
+                "outputs": a.outputs,
+                "gradients": a.gradients,
+                "trajectory": {
+                    term: {"jax": ours.tolist(), "torch": theirs.tolist()}
+                    for term, (ours, theirs) in a.trajectory.items()
+                },
+                "parameters": a.parameters,
+            }
+            for a in agreements
+        ],
+    }
+    return json.dumps(record, indent=1)
+
+
+def relative_difference(ours: Any, theirs: Any) -> float:
+    """Largest difference over the largest value of `ours`; 0 where both are equal, NaN where one is NaN."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if ours.shape != theirs.shape:
+        raise ValueError(f"shapes differ: {ours.shape} in JAX, {theirs.shape} in PyTorch")
+    if np.array_equal(ours, theirs):
+        return 0.0
+    return float(np.abs(ours - theirs).max() / np.abs(ours).max())
+
+
+def make_torch(params: Any, config: DilbertConfig) -> torch_model.TorchDilbert:
+    """Builds the PyTorch network that holds the given Flax parameters, in evaluation mode (no dropout).
+
+    Args:
+      params: nested dict of arrays, of the network's dtype.
+      config: its architecture.
+
+    Returns:
+      The network.
+
+    Raises:
+      ValueError: parameters of another architecture, or an option that PyTorch's model does not have.
+    """
+    network = torch_model.TorchDilbert(config)
+    tensors = {name: torch.from_numpy(np.array(v)) for name, v in to_torch(params, config).items()}
+    network.load_state_dict(tensors)
+    return network.eval()
+
+
+def forward_torch(
+    network: torch_model.TorchDilbert, batch: Batch, annotation: Batch, names: tuple[np.ndarray, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """All outputs of the PyTorch network.
+
+    Args:
+      network: in evaluation mode.
+      batch: a pre-training batch, for the encoder and the pre-training heads.
+      annotation: an annotation batch, for the annotation heads.
+      names: word pieces of the candidate entities int [E, P] and their mask.
+
+    Returns:
+      Arrays by name, such as "hidden/entity" or "mlm".
+    """
+    dtype = network.mlm_bias.dtype
+    tensors, clips = to_tensors(_numbers(batch), dtype), to_tensors(_numbers(annotation), dtype)
+    pieces, mask = (torch.from_numpy(np.array(x)) for x in names)
+    with torch.no_grad():
+        encoded = network.encode_batch(tensors, corrupted=True, need_weights=True)
+        logits = network.pretrain(encoded, tensors["mlm_positions"])
+        alone = network.encode_batch(clips)
+        annotated = network.annotate(alone, pieces, mask)
+    return {name: value.numpy() for name, value in _flat_outputs(encoded, logits, annotated).items()}
+
+
+def forward_jax(
+    params: Any, config: DilbertConfig, batch: Batch, annotation: Batch, names: tuple[np.ndarray, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """All outputs of the JAX network.
+
+    Args:
+      params: its parameters; config: its architecture.
+      batch, annotation, names: as in `forward_torch`.
+
+    Returns:
+      Arrays by the names of `forward_torch`.
+    """
+
+    def run(
+        module: Dilbert, tensors: Any, clips: Any, pieces: jax.Array, mask: jax.Array
+    ) -> dict[str, jax.Array]:
+        encoded = module.encode(
+            **{name: tensors[name] for name in steps.VISUAL},
+            description_zeroed=tensors["description_zeroed"],
+            region_zeroed=tensors["region_zeroed"],
+        )
+        logits = module.pretrain(encoded, tensors["mlm_positions"])
+        alone = module.encode(**{name: clips[name] for name in steps.VISUAL})
+        return _flat_outputs(encoded, logits, module.annotate(alone, pieces, mask))
+
+    arguments = (_on_device(batch, config.dtype), _on_device(annotation, config.dtype), *names)
+    outputs = jax.jit(nn.apply(run, Dilbert(config)))({"params": params}, *arguments)
+    return {name: np.asarray(value) for name, value in outputs.items()}
+
+
+def compare_outputs(setting: Setting, config: DilbertConfig, params: Any) -> dict[str, float]:
+    """Compares everything that one network puts out.
+
+    Args:
+      setting: its first batch and its annotation batch are used.
+      config: architecture and dtype; float64 needs `jax.enable_x64`.
+      params: nested dict of arrays of that dtype.
+
+    Returns:
+      Per output, the largest difference over the largest value.
+    """
+    inputs = (setting.batches[0], setting.annotation, setting.names)
+    ours = forward_jax(params, config, *inputs)
+    theirs = forward_torch(make_torch(params, config), *inputs)
+    return {name: relative_difference(ours[name], theirs[name]) for name in ours if ours[name].size}
+
+
+def compare_gradients(
+    setting: Setting,
+    config: DilbertConfig,
+    params: Mapping[str, Any],
+    frozen: Mapping[str, Any],
+    objective: str,
+) -> dict[str, float]:
+    """Compares the gradients of one objective on the first batch.
+
+    Args:
+      setting, config: as in `compare_outputs`.
+      params: both networks by name.
+      frozen: both snapshots by name.
+      objective: "pretraining" (the student with the frozen teacher's soft labels) or "mutual" (both networks).
+
+    Returns:
+      Per layer, the norm of the difference over the norm of the gradient; the larger of both networks.
+    """
+    model, loss, batch, rng = Dilbert(config), setting.loss, setting.batches[0], jax.random.key(0)
+    trained = dict(params) if objective == "mutual" else {"student": params["student"]}
+
+    def total(p: Any, f: Any, b: Any) -> jax.Array:
+        if objective == "mutual":
+            return steps.mutual_objective(model, loss, p, f, b, rng)[0]
+        return steps.pretraining_objective(model, loss, p, f["teacher"], b, rng)[0]
+
+    ours = jax.jit(jax.grad(total))(trained, dict(frozen), _on_device(batch, config.dtype))
+    networks = {name: make_torch(p, config) for name, p in trained.items()}
+    snapshots = {name: make_torch(p, config) for name, p in frozen.items()}
+    tensors = to_tensors(_numbers(batch), getattr(torch, config.dtype))
+    if objective == "mutual":
+        theirs, _ = torch_losses.mutual_objective(networks, snapshots, tensors, loss)
+    else:
+        theirs, _ = torch_losses.pretraining_objective(networks, snapshots["teacher"], tensors, loss)
+    theirs.backward()
+    found = [layer_differences(ours[name], network) for name, network in networks.items()]
+    return {layer: float(np.max([f[layer] for f in found])) for layer in found[0]}
+
+
+def compare_training(
+    setting: Setting, config: DilbertConfig, start: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Trains the mutual stage in both frameworks from the same start; the start is the frozen snapshot too.
+
+    Args:
+      setting: one update for each of its batches.
+      config: as in `compare_outputs`.
+      start: both networks by name.
+
+    Returns:
+      Per loss term, values [2, steps] (JAX, PyTorch); and per network, the norm of the parameters' difference over
+      that of what the steps changed, in the layer where it is largest.
+    """
+    model, loss, num_steps = Dilbert(config), setting.loss, len(setting.batches)
+
+    def objective(p: Any, f: Any, b: Any, r: Any) -> Any:
+        return steps.mutual_objective(model, loss, p, f, b, r)
+
+    optimizer = make_optimizer(setting.optimizer, num_steps)
+    update = steps.make_step(objective, optimizer)
+    state = steps.TrainState.create(jax.tree.map(jnp.array, dict(start)), optimizer)
+    frozen = jax.tree.map(jnp.asarray, dict(start))
+    # Optax computes the rate in float32 inside of a step: both frameworks get that one.
+    schedule = jax.jit(make_schedule(setting.optimizer, num_steps))
+    theirs = MutualTraining(
+        {name: make_torch(p, config) for name, p in start.items()},
+        {name: make_torch(p, config) for name, p in start.items()},
+        loss,
+        setting.optimizer,
+        num_steps,
+        rate=lambda step: float(schedule(jnp.int32(step))),
+    )
+    rows: list[tuple[dict[str, float], dict[str, float]]] = []
+    for batch in setting.batches:
+        state, metrics = update(state, frozen, _on_device(batch, config.dtype), jax.random.key(0))
+        tensors = to_tensors(_numbers(batch), getattr(torch, config.dtype))
+        found = theirs.update(tensors)
+        rows.append(
+            (
+                {name: float(value) for name, value in metrics.items()},
+                {name: float(value) for name, value in found.items()},
+            )
+        )
+    if rows[0][0].keys() != rows[0][1].keys():
+        raise ValueError(
+            f"the objectives have other terms: {sorted(rows[0][0])} in JAX, {sorted(rows[0][1])} in PyTorch"
+        )
+    trajectory = {
+        name: np.asarray([[ours[name] for ours, _ in rows], [other[name] for _, other in rows]])
+        for name in rows[0][0]
+    }
+    parameters = {}
+    for name, network in theirs.networks.items():
+        end = {key: tensor.numpy() for key, tensor in network.state_dict().items()}
+        changes = [
+            jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, after, start[name])
+            for after in (jax.device_get(state.params[name]), from_torch(end, config, start[name]))
+        ]
+        parameters[name] = float(np.max(list(_by_layer(*changes).values())))
+    return trajectory, parameters
+
+
+def layer_differences(ours: Any, network: torch_model.TorchDilbert) -> dict[str, float]:
+    """Compares gradients layer by layer.
+
+    Args:
+      ours: nested dict of gradients in JAX.
+      network: the PyTorch network after `backward`; a parameter without a gradient counts as zero.
+
+    Returns:
+      Per layer (a Flax module with parameters of its own): norm of the difference over the norm in JAX; 0 where both
+      are zero. A bias alone may have no gradient but rounding (that of attention keys), hence layers.
+    """
+    theirs = {
+        name: np.zeros(tuple(p.shape), str(p.dtype).removeprefix("torch."))
+        if p.grad is None
+        else p.grad.numpy()
+        for name, p in network.named_parameters()
+    }
+    return _by_layer(ours, from_torch(theirs, network.config, ours))
+
+
+def _by_layer(ours: Any, theirs: Any) -> dict[str, float]:
+    """Per layer, norm of the difference over the norm of `ours`."""
+    flat, other = (traverse_util.flatten_dict(tree, sep="/") for tree in (ours, theirs))
+    squares: dict[str, np.ndarray] = {}
+    for path, value in flat.items():
+        a, b = np.asarray(value, np.float64), np.asarray(other[path], np.float64)
+        pair = np.asarray([np.square(a - b).sum(), np.square(a).sum()])
+        layer = path.rsplit("/", 1)[0]
+        squares[layer] = squares.get(layer, np.zeros(2)) + pair
+    return {
+        layer: float(np.sqrt(d / n)) if n else float(np.inf if d else 0.0)
+        for layer, (d, n) in squares.items()
+    }
+
+
+def _prepared(config: ml_collections.ConfigDict, learning_rate: float) -> ml_collections.ConfigDict:
+    """A checked copy of the configuration with SGD and without dropout."""
+    config = ml_collections.ConfigDict(config.to_dict())
+    config.optimizer.update(name="sgd", learning_rate=learning_rate)
+    config.model.dropout = 0.0
+    check_config(config)
+    torch_losses.check_supported(steps.LossConfig(**config.loss))
+    return config
+
+
+def _random_batch(
+    rng: np.random.Generator, model: DilbertConfig, regions: int, frames: int, size: int, batch: int
+) -> dict[str, np.ndarray]:
+    n, tokens, patch = batch, model.max_tokens, model.stem_patch[0]
+    classes, masked = model.num_classes, max(1, round(MASK_RATE * tokens))
+    low = rng.uniform(0.0, 0.6, (n, regions, 2))
+    frame_count = rng.integers(1, frames + 1, (n, 1))
+    region_count = rng.integers(1, regions + 1, (n, 1))
+    return {
+        "frames": rng.integers(0, 256, (n, frames, size, size)).astype(np.uint8),
+        "frame_mask": np.arange(frames) < frame_count,
+        "boxes": np.concatenate([low, low + rng.uniform(0.1, 0.4, low.shape)], -1).astype(np.float32),
+        "box_frames": rng.integers(0, frame_count, (n, regions)).astype(np.int32),
+        "region_mask": np.arange(regions) < region_count,
+        "region_labels": rng.integers(-1, model.num_region_classes, (n, regions)).astype(np.int32),
+        "region_target": rng.random((n, regions)) < 0.3,
+        "region_zeroed": rng.random((n, regions)) < 0.3,
+        "token_ids": rng.integers(5, model.vocab_size, (n, tokens)).astype(np.int32),
+        "token_types": rng.integers(0, 6, (n, tokens)).astype(np.int32),
+        "token_mask": np.arange(tokens) < rng.integers(2, tokens + 1, (n, 1)),
+        "mlm_positions": rng.integers(0, tokens, (n, masked)).astype(np.int32),
+        "mlm_targets": rng.integers(5, model.vocab_size, (n, masked)).astype(np.int32),
+        "mlm_mask": rng.random((n, masked)) < 0.7,
+        "matched": rng.random(n) < 0.5,
+        "cmm_mask": rng.random(n) < 0.8,
+        "description_target": rng.random((n, frames // patch)) < 0.3,
+        "description_zeroed": rng.random((n, frames // patch)) < 0.3,
+        "classes": rng.random((n, classes)) < 0.4,
+        "classes_mask": rng.random(n) < 0.8,
+        "report_classes": rng.random((n, classes)) < 0.4,
+        "report_classes_mask": rng.random(n) < 0.8,
+    }
+
+
+def _numbers(batch: Batch) -> dict[str, np.ndarray]:
+    """The entries that the objectives may read."""
+    return {name: value for name, value in batch.items() if name not in HOST_ONLY}
+
+
+def _on_device(batch: Batch, dtype: str) -> dict[str, jax.Array]:
+    return {
+        name: jnp.asarray(value, dtype if np.issubdtype(value.dtype, np.floating) else None)
+        for name, value in _numbers(batch).items()
+    }
+
+
+def _initial_params(setting: Setting, config: DilbertConfig, seed: int) -> dict[str, Any]:
+    """Four networks: the two that are trained, and two to stand for other snapshots in the gradient check."""
+    batch = setting.batches[0]
+    arguments = [batch[name][:1] for name in (*steps.VISUAL, "mlm_positions")]
+    init = jax.jit(Dilbert(dataclasses.replace(config, dtype="float32")).init)
+    names = (*NETWORKS, *(f"other_{name}" for name in NETWORKS))
+    keys = [jax.random.fold_in(jax.random.key(seed), i) for i in range(len(names))]
+    return {
+        name: jax.tree.map(
+            lambda x: np.asarray(x, config.dtype), init(key, *arguments, *setting.names)["params"]
+        )
+        for name, key in zip(names, keys, strict=True)
+    }
+
+
+def _flat_outputs(encoded: Any, logits: Mapping[str, Any], annotated: Mapping[str, Any]) -> dict[str, Any]:
+    parts = {
+        "hidden": encoded.streams,
+        "pooled": encoded.pooled,
+        "cross_weights": encoded.cross_weights,
+        "match": annotated["match"],
+    }
+    flat = {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
+    flat |= {"fused": encoded.fused, "overview": encoded.overview, **logits}
+    return flat | {name: annotated[name] for name in ("organ", "condition", "findings")}
+
+
+def _sorted_rows(values: Mapping[str, float]) -> list[list[str]]:
+    """Largest first."""
+    return [[name, f"{value:.1e}"] for name, value in sorted(values.items(), key=lambda item: -item[1])]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table with aligned columns."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in [header, *rows]
+    ]
+    lines.insert(1, " | ".join("-" * w for w in widths))
+    return [f"| {line} |" for line in lines]

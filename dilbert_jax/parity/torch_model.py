@@ -1,0 +1,674 @@
+"""DILBERT in PyTorch, as a PyTorch user would write it: the same forward pass as `dilbert_jax.models.dilbert`.
+
+Axis letters as in `dilbert_jax.models`, but PyTorch's layout: feature maps are [B, C, A, H, W].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dilbert_jax.models.dilbert import DilbertConfig
+from dilbert_jax.parity import MISSING_EXTRA
+
+try:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+except ImportError as error:
+    raise ImportError(MISSING_EXTRA) from error
+
+LAYER_NORM_EPSILON = 1e-12
+GROUP_NORM_EPSILON = 1e-6  # Flax's default
+STREAMS = ("entity", "description", "region")
+NUM_TOKEN_TYPES = 6
+
+
+def check_supported(config: DilbertConfig) -> None:
+    """Refuses what the PyTorch model does not have.
+
+    Raises:
+      ValueError: names every option and its value.
+    """
+    wanted = {
+        "video": ("small",),
+        "mdc_target": ("description",),
+        "order": (False,),
+        "tnt_mode": ("stack", "add_resized"),
+        "dtype": ("float32", "float64"),
+    }
+    refused = [
+        f"{name}={getattr(config, name)!r} (it has {' or '.join(map(repr, values))})"
+        for name, values in wanted.items()
+        if getattr(config, name) not in values
+    ]
+    if refused:
+        raise ValueError(f"the PyTorch model does not have {'; '.join(refused)}")
+    if config.hidden_size % config.num_heads:
+        raise ValueError(f"hidden size {config.hidden_size} is not divisible by {config.num_heads} heads")
+    if len(config.blocks) != len(config.channels):
+        raise ValueError(f"channels {config.channels} and blocks {config.blocks} need one entry a stage each")
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """What the fusion encoder knows of a clip and its report.
+
+    Attributes:
+      streams: hidden states per stream: entity [B, L, D], description [B, A, D], region [B, R, D].
+      masks: valid positions per stream.
+      pooled: one vector per stream [B, D].
+      fused: pool_w * pool_a + pool_w * pool_r, [B, D].
+      overview: the 3-D CNN's own view of the clip, [B, 6 * C].
+      cross_weights: last block's cross attention, entity [B, N, A, L] and region [B, N, A, R]; empty unless asked for.
+    """
+
+    streams: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    pooled: dict[str, Tensor]
+    fused: Tensor
+    overview: Tensor
+    cross_weights: dict[str, Tensor]
+
+
+class MaskedGroupNorm(nn.Module):
+    """Group normalization over the valid steps of a clip, eight groups of channels."""
+
+    def __init__(self, num_channels: int, num_groups: int = 8) -> None:
+        super().__init__()
+        if num_channels % num_groups:
+            raise ValueError(f"{num_channels} channels are not divisible into {num_groups} groups")
+        self.num_groups = num_groups
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        """x [B, C, A, H, W]; valid bool [B, 1, A, 1, 1]."""
+        groups = x.unflatten(1, (self.num_groups, -1))  # [B, G, C/G, A, H, W]
+        weight = valid[:, None].to(x.dtype)
+        axes = (2, 3, 4, 5)
+        cells = groups.shape[2] * groups.shape[4] * groups.shape[5]
+        count = (weight.sum(axes, keepdim=True) * cells).clamp(min=1)
+        mean = (groups * weight).sum(axes, keepdim=True) / count
+        centred = groups - mean
+        variance = (centred.square() * weight).sum(axes, keepdim=True) / count
+        normed = (centred * torch.rsqrt(variance + GROUP_NORM_EPSILON)).flatten(1, 2)
+        return normed * self.weight[:, None, None, None] + self.bias[:, None, None, None]
+
+
+class ResidualBlock3D(nn.Module):
+    """x + GELU(GroupNorm(convolution(x)))."""
+
+    def __init__(self, channels: int, kernel_size: tuple[int, int, int]) -> None:
+        super().__init__()
+        taps, rows, columns = kernel_size
+        padding = (taps // 2, rows // 2, columns // 2)
+        self.conv = nn.Conv3d(channels, channels, kernel_size, padding=padding)
+        self.norm = MaskedGroupNorm(channels)
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        return x + F.gelu(self.norm(self.conv(x * valid), valid), approximate="tanh")
+
+
+class Stage(nn.Module):
+    """Residual blocks of one width; every stage but the first merges 2x2 cells before them."""
+
+    def __init__(self, in_channels: int, channels: int, num_blocks: int, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        if not first:
+            self.merge = nn.Conv3d(in_channels, channels, (1, 2, 2), stride=(1, 2, 2))
+            self.norm = MaskedGroupNorm(channels)
+        kernel_size = (1, 3, 3) if first else (3, 3, 3)
+        self.blocks = nn.ModuleList(ResidualBlock3D(channels, kernel_size) for _ in range(num_blocks))
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        if not self.first:
+            x = F.gelu(self.norm(self.merge(x), valid), approximate="tanh")
+        for block in self.blocks:
+            x = block(x, valid)
+        return x
+
+
+class VideoEncoder(nn.Module):
+    """The small 3-D CNN (decision D1)."""
+
+    def __init__(
+        self, channels: Sequence[int], blocks: Sequence[int], stem_patch: tuple[int, int, int]
+    ) -> None:
+        super().__init__()
+        self.cell = (stem_patch[0], *(p * 2 ** (len(channels) - 1) for p in stem_patch[1:]))
+        self.stem = nn.Conv3d(1, channels[0], stem_patch, stride=stem_patch)
+        self.stages = nn.ModuleList(
+            Stage(channels[max(i - 1, 0)], width, blocks[i], first=i == 0) for i, width in enumerate(channels)
+        )
+
+    def forward(self, frames: Tensor, step_mask: Tensor) -> Tensor:
+        """frames [B, T, H, W], step_mask bool [B, A] -> [B, C, A, H', W'], zero at padded steps."""
+        if any(size % cell for size, cell in zip(frames.shape[1:], self.cell, strict=True)):
+            raise ValueError(f"clip of {tuple(frames.shape[1:])} is not divisible by {self.cell}")
+        valid = step_mask[:, None, :, None, None]
+        x = F.gelu(self.stem(frames[:, None]), approximate="tanh")
+        for stage in self.stages:
+            x = stage(x, valid)
+        return x * valid
+
+
+class EntityEmbedding(nn.Module):
+    """Word + position + entity-type embedding of report tokens, LN, dropout."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, max_tokens: int, dropout: float) -> None:
+        super().__init__()
+        self.word = nn.Embedding(vocab_size, hidden_size)
+        self.position = nn.Embedding(max_tokens, hidden_size)
+        self.token_type = nn.Embedding(NUM_TOKEN_TYPES, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPSILON)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, token_ids: Tensor, token_types: Tensor) -> Tensor:
+        """token_ids, token_types: int [B, L] -> [B, L, D]."""
+        x = self.word(token_ids) + self.token_type(token_types) + self.position.weight[: token_ids.shape[1]]
+        return self.dropout(self.norm(x))
+
+
+class DescriptionEmbedding(nn.Module):
+    """LN(Linear(feature) + temporal position) of the 3-D CNN's temporal steps (D3)."""
+
+    def __init__(
+        self, feature_size: int, hidden_size: int, max_steps: int, dropout: float, position: bool
+    ) -> None:
+        super().__init__()
+        self.max_steps = max_steps
+        self.feature = nn.Linear(feature_size, hidden_size)
+        self.position = nn.Parameter(torch.empty(max_steps, hidden_size)) if position else None
+        self.norm = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPSILON)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features [B, A, C] -> [B, A, D]."""
+        steps = features.shape[1]
+        if steps > self.max_steps:
+            raise ValueError(
+                f"{steps} description tokens, but the model holds positions for {self.max_steps}"
+            )
+        x = self.feature(features)
+        if self.position is not None:
+            x = x + self.position[:steps]
+        return self.dropout(self.norm(x))
+
+
+class RegionEmbedding(nn.Module):
+    """LN(Linear(feature) + Linear(geometry)) of boxes (D2)."""
+
+    def __init__(self, feature_size: int, hidden_size: int, dropout: float) -> None:
+        super().__init__()
+        self.feature = nn.Linear(feature_size, hidden_size)
+        self.geometry = nn.Linear(6, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPSILON)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, features: Tensor, boxes: Tensor, times: Tensor) -> Tensor:
+        """features [B, R, F], boxes [B, R, 4], times [B, R] -> [B, R, D]."""
+        x = self.feature(features) + self.geometry(region_geometry(boxes, times))
+        return self.dropout(self.norm(x))
+
+
+class FeedForward(nn.Module):
+    """Attention output, residual, LN, then Linear-GELU(erf)-Linear, residual, LN."""
+
+    def __init__(self, hidden_size: int, ffn_size: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_output = nn.Linear(hidden_size, hidden_size)
+        self.attention_norm = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPSILON)
+        self.intermediate = nn.Linear(hidden_size, ffn_size)
+        self.output = nn.Linear(ffn_size, hidden_size)
+        self.output_norm = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPSILON)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, residual: Tensor, context: Tensor) -> Tensor:
+        """residual, context [B, S, D] -> [B, S, D]."""
+        x = self.attention_norm(residual + self.dropout(self.attention_output(context)))
+        return self.output_norm(x + self.dropout(self.output(F.gelu(self.intermediate(x)))))
+
+
+class TangledBlock(nn.Module):
+    """One fusion layer, equations (1) and (2); see `dilbert_jax.models.tangled.TangledBlock`."""
+
+    def __init__(self, hidden_size: int, num_heads: int, ffn_size: int, dropout: float, mode: str) -> None:
+        super().__init__()
+        self.num_heads, self.stack = num_heads, mode == "stack"
+
+        def linears(names: Sequence[str]) -> nn.ModuleDict:
+            return nn.ModuleDict({name: nn.Linear(hidden_size, hidden_size) for name in names})
+
+        self.query, self.key, self.value = linears(STREAMS), linears(STREAMS), linears(STREAMS)
+        crossed = ("entity", "region")
+        if self.stack:
+            self.cross_query = linears(crossed)
+        self.cross_key, self.cross_value = linears(crossed), linears(crossed)
+        self.feed_forward = nn.ModuleDict({s: FeedForward(hidden_size, ffn_size, dropout) for s in STREAMS})
+
+    def forward(
+        self, hidden: Mapping[str, Tensor], masks: Mapping[str, Tensor], need_weights: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Fuses the streams.
+
+        Args:
+          hidden: per stream [B, S, D].
+          masks: per stream bool [B, S], True = valid.
+          need_weights: return the two cross-attention maps too.
+
+        Returns:
+          The streams' new hidden states, and maps [B, N, A, S] (empty unless asked for).
+        """
+
+        def heads(linear: nn.Module, x: Tensor) -> Tensor:
+            return linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, N, S, K]
+
+        query = {s: heads(self.query[s], hidden[s]) for s in STREAMS}
+        key = {s: heads(self.key[s], hidden[s]) for s in STREAMS}
+        value = {s: heads(self.value[s], hidden[s]) for s in STREAMS}
+
+        cross_key, cross_value, cross_weights = {}, {}, {}
+        for stream in ("entity", "region"):
+            cross_query = query["description"]
+            if self.stack:
+                cross_query = heads(self.cross_query[stream], hidden["description"])
+            if need_weights:
+                cross_weights[stream] = attention_weights(cross_query, key[stream], masks[stream])
+            fused = attend(cross_query, key[stream], value[stream], masks[stream])
+            cross_key[stream] = heads(self.cross_key[stream], fused)
+            cross_value[stream] = heads(self.cross_value[stream], fused)
+
+        sources = {"entity": ("region",), "region": ("entity",), "description": ("entity", "region")}
+        out = {}
+        for stream in STREAMS:
+            keys, values, valid = key[stream], value[stream], masks[stream]
+            for other in sources[stream]:
+                if self.stack:
+                    keys = torch.cat([keys, cross_key[other]], dim=2)
+                    values = torch.cat([values, cross_value[other]], dim=2)
+                    valid = torch.cat([valid, masks["description"]], dim=1)
+                elif stream != "description":
+                    keys = keys + resize_nearest(cross_key[other], keys.shape[2])
+                    values = values + resize_nearest(cross_value[other], keys.shape[2])
+            context = attend(query[stream], keys, values, valid)
+            out[stream] = self.feed_forward[stream](hidden[stream], context)
+        return out, cross_weights
+
+
+class Pooler(nn.Module):
+    """LN(Linear(x)) of one vector per clip."""
+
+    def __init__(self, in_features: int, hidden_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPSILON)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.dense(x))
+
+
+class Transform(nn.Module):
+    """LN(GELU(Linear(x))): what BERT puts before its decoder."""
+
+    def __init__(self, in_features: int, hidden_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPSILON)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(F.gelu(self.dense(x)))
+
+
+class ClassHead(nn.Module):
+    """Transform, then logits over `num_classes`; without classes there are no parameters."""
+
+    def __init__(self, in_features: int, hidden_size: int, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        if num_classes:
+            self.transform = Transform(in_features, hidden_size)
+            self.logits = nn.Linear(hidden_size, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.num_classes:
+            return x.new_zeros((*x.shape[:-1], 0))
+        return self.logits(self.transform(x))
+
+
+class MatchHead(nn.Module):
+    """Scores every candidate entity against every region and every temporal step of a clip."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.query_norm = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPSILON)
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.frame_key = nn.Linear(hidden_size, hidden_size)
+        self.region_key = nn.Linear(hidden_size, hidden_size)
+        self.bias = nn.Parameter(torch.tensor(-2.0))
+
+    def forward(
+        self,
+        names: Tensor,
+        description: Tensor,
+        region: Tensor,
+        description_mask: Tensor,
+        region_mask: Tensor,
+    ) -> dict[str, Tensor]:
+        """names [E, D], description [B, A, D], region [B, R, D], masks -> `frame`, `region`, `clip` [B, E, ...]."""
+        query = self.query(self.query_norm(names))
+        scale = query.shape[-1] ** -0.5
+        frame = torch.einsum("ed,bsd->bes", query, self.frame_key(description)) * scale + self.bias
+        by_region = torch.einsum("ed,bsd->bes", query, self.region_key(region)) * scale + self.bias
+        mask = torch.cat([description_mask, region_mask], dim=-1)[:, None]
+        places = torch.cat([frame, by_region], dim=-1).masked_fill(~mask, -torch.inf)
+        count = mask.sum(-1).clamp(min=1).to(places.dtype)
+        return {"frame": frame, "region": by_region, "clip": places.logsumexp(-1) - count.log()}
+
+
+class TorchDilbert(nn.Module):
+    """One network (teacher or student).
+
+    Attributes:
+      config: the architecture, the one that `dilbert_jax.models.dilbert.Dilbert` takes.
+
+    Raises:
+      ValueError: an option that this model does not have.
+    """
+
+    def __init__(self, config: DilbertConfig) -> None:
+        check_supported(config)
+        super().__init__()
+        c = self.config = config
+        width, features = c.hidden_size, c.channels[-1]
+        self.video = VideoEncoder(c.channels, c.blocks, c.stem_patch)
+        self.entity_embedding = EntityEmbedding(c.vocab_size, width, c.max_tokens, c.dropout)
+        self.description_embedding = DescriptionEmbedding(
+            2 * features, width, c.max_steps, c.dropout, c.temporal_position
+        )
+        self.region_embedding = RegionEmbedding(c.region_bins**2 * features, width, c.dropout)
+        self.layers = nn.ModuleList(
+            TangledBlock(width, c.num_heads, c.ffn_size, c.dropout, c.tnt_mode) for _ in range(c.num_layers)
+        )
+        self.overview_norm = nn.LayerNorm(6 * features, eps=LAYER_NORM_EPSILON)
+        self.pool_entity = Pooler((1 + NUM_TOKEN_TYPES) * width, width)
+        self.pool_description = Pooler(width + 6 * features, width)
+        self.pool_region = Pooler(width, width)
+        self.mlm_transform = Transform(width, width)
+        self.mlm_bias = nn.Parameter(torch.zeros(c.vocab_size))
+        self.mdc = ClassHead(width, width, c.num_classes)
+        self.moc = ClassHead(width, width, c.num_region_classes)
+        self.cmm = nn.Linear(width, 2)
+        clip = 4 * width + 6 * features
+        self.organ = ClassHead(clip, width, c.num_organs)
+        self.condition = ClassHead(clip, width, c.num_conditions)
+        self.findings = ClassHead(clip, width, c.num_findings)
+        self.match = MatchHead(width)
+        self.reset_parameters()
+        self.to(getattr(torch, c.dtype))
+
+    def reset_parameters(self) -> None:
+        """Draws weights from the distributions of the JAX model, up to the truncation's correction."""
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, (nn.Linear, nn.Conv3d)):
+                fan_in = module.weight[0].numel()
+                gain = 2.0 if isinstance(module, nn.Conv3d) and module.stride == (1, 1, 1) else 1.0
+                std = (gain / fan_in) ** 0.5
+                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.cmm.weight, std=0.02)
+        if self.description_embedding.position is not None:
+            nn.init.normal_(self.description_embedding.position, std=0.02)
+
+    def encode(
+        self,
+        frames: Tensor,
+        frame_mask: Tensor,
+        boxes: Tensor,
+        box_frames: Tensor,
+        region_mask: Tensor,
+        token_ids: Tensor,
+        token_types: Tensor,
+        token_mask: Tensor,
+        description_zeroed: Tensor | None = None,
+        region_zeroed: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> Encoded:
+        """Runs the three streams through the fusion encoder.
+
+        Args:
+          frames: uint8 [B, T, H, W]; frame_mask: bool [B, T], valid frames first.
+          boxes: float [B, R, 4] (ymin, xmin, ymax, xmax) in [0, 1]; box_frames: int [B, R], their frames.
+          region_mask: bool [B, R].
+          token_ids, token_types: int [B, L]; token_mask: bool [B, L].
+          description_zeroed: bool [B, A], description features to blank; region_zeroed: bool [B, R].
+          need_weights: fill `Encoded.cross_weights`.
+
+        Returns:
+          The streams, their pooled vectors and the 3-D CNN's overview.
+        """
+        c, dtype = self.config, self.mlm_bias.dtype
+        patch = c.stem_patch[0]
+        step_mask = frame_mask.unflatten(1, (-1, patch)).any(-1)  # [B, A]
+        pixels = (frames.to(dtype) / 255.0 - 0.2) / 0.2 * frame_mask[:, :, None, None]
+        features = self.video(pixels, step_mask)  # [B, C, A, H', W']
+
+        description = torch.cat([features.mean((3, 4)), features.amax((3, 4))], dim=1).transpose(1, 2)
+        if description_zeroed is not None:
+            description = description.masked_fill(description_zeroed[..., None], 0.0)
+
+        boxes = boxes.to(dtype)
+        last_step = (step_mask.sum(-1, keepdim=True) - 1).clamp(min=0).to(dtype)
+        steps = torch.minimum(((box_frames.to(dtype) + 0.5) / patch - 0.5).clamp(min=0.0), last_step)
+        region = pool_regions(features, boxes, steps, c.region_bins)
+        if region_zeroed is not None:
+            region = region.masked_fill(region_zeroed[..., None], 0.0)
+        times = box_frames.to(dtype) / frame_mask.sum(-1, keepdim=True).clamp(min=1)
+
+        streams = {
+            "entity": self.entity_embedding(token_ids, token_types),
+            "description": self.description_embedding(description),
+            "region": self.region_embedding(region, boxes, times),
+        }
+        named = mean_by_type(streams["entity"], token_types, token_mask)
+        masks = {"entity": token_mask, "description": step_mask, "region": region_mask}
+        cross_weights: dict[str, Tensor] = {}
+        for i, layer in enumerate(self.layers):
+            streams, cross_weights = layer(streams, masks, need_weights and i == c.num_layers - 1)
+        overview = self.overview_norm(summarize_map(features, step_mask))
+        words = [streams["entity"][:, 0], max_valid(streams["entity"], token_mask), named]
+        appearance = torch.cat([mean_valid(streams["description"], step_mask), overview], dim=-1)
+        pooled = {
+            "entity": self.pool_entity(torch.cat(words, dim=-1)),
+            "description": self.pool_description(appearance),
+            "region": self.pool_region(mean_valid(streams["region"], region_mask)),
+        }
+        fused = pooled["entity"] * pooled["description"] + pooled["entity"] * pooled["region"]
+        return Encoded(streams, masks, pooled, fused, overview, cross_weights)
+
+    def encode_batch(
+        self, batch: Mapping[str, Tensor], corrupted: bool = False, need_weights: bool = False
+    ) -> Encoded:
+        """`encode` of a batch of the input pipeline.
+
+        Args:
+          batch: tensors by name.
+          corrupted: blank what `description_zeroed` and `region_zeroed` say, as pre-training does.
+          need_weights: as in `encode`.
+
+        Returns:
+          As `encode`.
+        """
+        return self.encode(
+            frames=batch["frames"],
+            frame_mask=batch["frame_mask"],
+            boxes=batch["boxes"],
+            box_frames=batch["box_frames"],
+            region_mask=batch["region_mask"],
+            token_ids=batch["token_ids"],
+            token_types=batch["token_types"],
+            token_mask=batch["token_mask"],
+            description_zeroed=batch["description_zeroed"] if corrupted else None,
+            region_zeroed=batch["region_zeroed"] if corrupted else None,
+            need_weights=need_weights,
+        )
+
+    def pretrain(self, encoded: Encoded, mlm_positions: Tensor) -> dict[str, Tensor]:
+        """Logits of the pre-training tasks (PAPER section 4).
+
+        Args:
+          encoded: from `encode`.
+          mlm_positions: int [B, M], the report positions to decode.
+
+        Returns:
+          `mlm` [B, M, V], `mdc` [B, A, num_classes], `moc` [B, R, num_region_classes], `cmm` [B, 2] and `summary`
+          [B, 2, num_classes].
+        """
+        entity = encoded.streams["entity"]
+        positions = mlm_positions.long()[..., None].expand(-1, -1, entity.shape[-1])
+        tokens = self.mlm_transform(entity.gather(1, positions))
+        both = torch.stack([encoded.pooled["description"], encoded.pooled["entity"]], dim=1)
+        return {
+            "mlm": F.linear(tokens, self.entity_embedding.word.weight, self.mlm_bias),
+            "mdc": self.mdc(encoded.streams["description"]),
+            "moc": self.moc(encoded.streams["region"]),
+            "cmm": self.cmm(encoded.fused),
+            "summary": self.mdc(both),
+        }
+
+    def annotate(self, encoded: Encoded, entity_names: Tensor, entity_names_mask: Tensor) -> dict[str, Any]:
+        """Logits of the annotation (PAPER section 6).
+
+        Args:
+          encoded: from `encode`; the entity stream holds no report here.
+          entity_names: int [E, P], word pieces of the candidate entities' names; entity_names_mask: bool [E, P].
+
+        Returns:
+          `organ` [B, O], `condition` [B, C], `findings` [B, F] and `match`, a dict with `frame` [B, E, A], `region`
+          [B, E, R] and `clip` [B, E].
+        """
+        names = mean_valid(self.entity_embedding.word(entity_names), entity_names_mask)
+        views = [encoded.pooled["description"], encoded.pooled["region"], encoded.overview]
+        views += [max_valid(encoded.streams[s], encoded.masks[s]) for s in ("description", "region")]
+        clip = torch.cat(views, dim=-1)
+        return {
+            "organ": self.organ(clip),
+            "condition": self.condition(clip),
+            "findings": self.findings(clip),
+            "match": self.match(
+                names,
+                encoded.streams["description"],
+                encoded.streams["region"],
+                encoded.masks["description"],
+                encoded.masks["region"],
+            ),
+        }
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Scaled dot-product attention; a row without any valid key gets zeros.
+
+    Args:
+      query: [B, N, Q, K]; key, value: [B, N, S, K].
+      mask: bool [B, S], True = valid key.
+
+    Returns:
+      [B, Q, N * K].
+    """
+    some = mask.any(-1)[:, None, None, None]
+    # What a row attends to without a valid key differs between PyTorch's kernels: give it all, then take nothing.
+    allowed = mask[:, None, None, :] | ~some
+    context = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+    return (context * some).transpose(1, 2).flatten(2)
+
+
+def attention_weights(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+    """The weights of `attend`, [B, N, Q, S], which the fused kernel does not give."""
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    valid = mask[:, None, None, :]
+    scores = scores.masked_fill(~valid, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1).masked_fill(~valid, 0.0)
+
+
+def resize_nearest(x: Tensor, length: int) -> Tensor:
+    """Position m of the result [B, N, length, K] is position floor(m S / length) of x [B, N, S, K]."""
+    return x[:, :, torch.arange(length, device=x.device) * x.shape[2] // length]
+
+
+def _overlap(low: Tensor, high: Tensor, cells: int) -> Tensor:
+    """Share of the interval [low, high) that lies in each of `cells` equal cells of [0, 1]: [..., cells]."""
+    edges = torch.arange(cells + 1, dtype=low.dtype, device=low.device) / cells
+    inside = torch.minimum(high[..., None], edges[1:]) - torch.maximum(low[..., None], edges[:-1])
+    return inside.clamp(min=0.0) / (high - low).clamp(min=1e-6)[..., None]
+
+
+def pool_regions(features: Tensor, boxes: Tensor, steps: Tensor, bins: int = 2) -> Tensor:
+    """Pools each box into bins x bins averages, weighting cells by their exact overlap with the bin.
+
+    Args:
+      features: [B, C, A, H, W].
+      boxes: [B, R, 4] (ymin, xmin, ymax, xmax) in [0, 1].
+      steps: [B, R], the (fractional) temporal step of each box.
+      bins: bins per side.
+
+    Returns:
+      [B, R, bins * bins * C].
+    """
+    num_steps, height, width = features.shape[2:]
+    ymin, xmin, ymax, xmax = boxes.unbind(-1)
+    cut = torch.arange(bins + 1, dtype=boxes.dtype, device=boxes.device) / bins
+    ys = ymin[..., None] + (ymax - ymin)[..., None] * cut  # [B, R, bins + 1]
+    xs = xmin[..., None] + (xmax - xmin)[..., None] * cut
+    weight_y = _overlap(ys[..., :-1], ys[..., 1:], height)  # [B, R, bins, H]
+    weight_x = _overlap(xs[..., :-1], xs[..., 1:], width)  # [B, R, bins, W]
+    distance = (steps[..., None] - torch.arange(num_steps, device=steps.device)).abs()
+    weight_t = (1.0 - distance).clamp(min=0.0)  # [B, R, A]
+    pooled = torch.einsum("bra,bcahw->brchw", weight_t, features)
+    pooled = torch.einsum("bryh,brchw->brycw", weight_y, pooled)
+    pooled = torch.einsum("brxw,brycw->bryxc", weight_x, pooled)
+    return pooled.flatten(2)
+
+
+def region_geometry(boxes: Tensor, times: Tensor) -> Tensor:
+    """Geometry vector of each box (D2): (x1/W, y1/H, x2/W, y2/H, area ratio, t/T): [B, R, 6]."""
+    ymin, xmin, ymax, xmax = boxes.unbind(-1)
+    area = (ymax - ymin).clamp(min=0.0) * (xmax - xmin).clamp(min=0.0)
+    return torch.stack([xmin, ymin, xmax, ymax, area, times], dim=-1)
+
+
+def mean_valid(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the second to last axis of [..., S, D] where mask [..., S]; zero when nothing is valid."""
+    weight = mask[..., None].to(x.dtype)
+    return (x * weight).sum(-2) / weight.sum(-2).clamp(min=1.0)
+
+
+def mean_by_type(x: Tensor, token_types: Tensor, mask: Tensor) -> Tensor:
+    """Means of x [B, L, D] over the valid tokens of each entity type, side by side; zero for none."""
+    kinds = torch.arange(1, NUM_TOKEN_TYPES, device=x.device)[:, None]
+    of_type = (token_types[:, None, :] == kinds) & mask[:, None, :]  # [B, types, L]
+    return mean_valid(x[:, None], of_type).flatten(1)
+
+
+def max_valid(x: Tensor, mask: Tensor) -> Tensor:
+    """Maximum over the second to last axis of [..., S, D] where mask [..., S]; zero when nothing is valid."""
+    largest = x.masked_fill(~mask[..., None], torch.finfo(x.dtype).min).amax(-2)
+    return largest.masked_fill(~mask.any(-1)[..., None], 0.0)
+
+
+def summarize_map(features: Tensor, step_mask: Tensor) -> Tensor:
+    """Mean and maximum over the whole map [B, C, A, H, W] and the means of its four quadrants: [B, 6 * C]."""
+    height, width = features.shape[3:]
+    steps = step_mask.sum(-1).clamp(min=1).to(features.dtype)[:, None, None, None]
+    mean = features.sum(2) / steps  # [B, C, H, W]
+    rows = slice(0, -(-height // 2)), slice(height // 2, height)
+    columns = slice(0, -(-width // 2)), slice(width // 2, width)
+    quadrants = [mean[:, :, r, c].mean((2, 3)) for r in rows for c in columns]
+    valid = step_mask[:, None, :, None, None]
+    largest = features.masked_fill(~valid, torch.finfo(features.dtype).min).amax((2, 3, 4))
+    largest = largest.masked_fill(~step_mask.any(-1)[:, None], 0.0)
+    return torch.cat([mean.mean((2, 3)), largest, *quadrants], dim=-1)
