@@ -9,6 +9,8 @@ import pytest
 
 from dilbert_jax.models.coattention import CoAttentionBlock
 
+pytestmark = pytest.mark.numerics
+
 # Stream here, its number in `biattention` and `biOutput`, its letter elsewhere.
 STREAMS = (("region", 1, "v"), ("entity", 2, "t"))
 

@@ -15,6 +15,8 @@ from dilbert_jax.models import Dilbert
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
 
+pytestmark = pytest.mark.numerics
+
 SMALL = dataclasses.replace(CONFIG, num_layers=1, dropout=0.0)  # compiling dominates
 MODEL = Dilbert(SMALL)
 LOSS = steps.LossConfig(summary=0.5, temperature=2.0, scale_by_square=True)

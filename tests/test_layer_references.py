@@ -20,6 +20,8 @@ from dilbert_jax.models.heads import Transform
 from dilbert_jax.models.tangled import STREAMS, TangledBlock, resize_nearest
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.fixture(scope="module")
 def vectors(reference_dir):

@@ -17,6 +17,8 @@ from dilbert_jax.models.conv3d import conv3d, patchify
 from dilbert_jax.models.regions import pool_regions
 from dilbert_jax.training.step import VISUAL
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.fixture(scope="module")
 def params():

@@ -16,7 +16,7 @@ from dilbert_jax.training.step import VISUAL
 safetensors = pytest.importorskip("safetensors.numpy")
 from dilbert_jax.parity.outside import with_bert, with_r3d_18  # noqa: E402
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.numerics]
 
 
 @pytest.fixture(scope="module")

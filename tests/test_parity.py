@@ -36,7 +36,7 @@ from dilbert_jax.training.loop import network_params
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from dilbert_jax.training.step import VISUAL, LossConfig, TrainState
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.numerics]
 
 # As little as compiles fast: two layers once, for the maps of the last one; one stage of the 3-D CNN for training.
 DEEP = dataclasses.replace(CONFIG, dropout=0.0)

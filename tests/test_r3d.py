@@ -10,6 +10,8 @@ import pytest
 from dilbert_jax.models.pooling import average_pool3d, max_pool3d
 from dilbert_jax.models.r3d import R3D18, BatchNorm3D, kinetics_channels
 
+pytestmark = pytest.mark.numerics
+
 PRECISIONS = pytest.mark.parametrize(("precision", "tolerance"), [("f32", 1e-5), ("f64", 1e-9)])
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from dilbert_jax.relational import angle_loss, distance_loss, huber, relational_loss
 
+pytestmark = pytest.mark.numerics
+
 REFERENCE = os.environ.get("DILBERT_REFERENCE_DIR")
 needs_reference = pytest.mark.skipif(REFERENCE is None, reason="DILBERT_REFERENCE_DIR is not set")
 RANDOM = [f"rand_N{n}_D{d}" for n in (2, 3, 8, 64, 128) for d in (16, 768) if n * d < 98304]

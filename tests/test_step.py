@@ -13,6 +13,8 @@ from dilbert_jax.models import Dilbert
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
+pytestmark = pytest.mark.numerics
+
 MODEL = Dilbert(dataclasses.replace(CONFIG, dropout=0.0))
 LOSS = steps.LossConfig()
 RNG = jax.random.key(0)

@@ -20,7 +20,7 @@ from dilbert_jax.training import step as steps
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
 # One worker runs the files that share the small export.
-pytestmark = pytest.mark.xdist_group("trained")
+pytestmark = [pytest.mark.xdist_group("trained"), pytest.mark.numerics]
 QUIET = dataclasses.replace(CONFIG, num_layers=1, dropout=0.0)  # compiling dominates
 LOSS = steps.LossConfig()
 RNG = jax.random.key(0)
