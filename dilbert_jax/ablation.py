@@ -138,6 +138,7 @@ def run_variants(
                     run.train_and_report(config, folder, command=command)
                 except run.NonFiniteLossError as error:
                     _log.info("%s", error)
+                    folder.mkdir(parents=True, exist_ok=True)
                     (folder / "diverged.json").write_text(json.dumps({"error": str(error)}), encoding="utf-8")
                 jax.clear_caches()  # the next variant compiles other programs
             if is_complete(folder):
@@ -148,11 +149,12 @@ def collect(variants: Sequence[str], workdir: pathlib.Path, network: str = "stud
     """Reads the evaluations of all finished runs.
 
     Returns:
-      For every variant `seeds`, `diverged` (seed -> reason) and `figures`: name -> one value a seed.
+      For every variant `seeds`, `diverged` (seed -> reason) and `figures`: name -> one value a seed, None where a run
+      has no such figure. Runs that do not train this network are left out.
     """
     results: dict[str, Any] = {}
     for variant in variants:
-        rows: dict[int, dict[str, float]] = {}
+        rows: dict[int, dict[str, float | None]] = {}
         diverged = {}
         for folder in (workdir / variant).glob("[0-9]*"):
             if (folder / "diverged.json").exists():
@@ -160,9 +162,11 @@ def collect(variants: Sequence[str], workdir: pathlib.Path, network: str = "stud
                     "error"
                 ]
             elif is_complete(folder):
-                evaluation = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+                networks = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["networks"]
+                if network not in networks:  # the student alone
+                    continue
                 rows[int(folder.name)] = {
-                    name: _look_up(evaluation["networks"][network], path) for name, path in FIGURES.items()
+                    name: _look_up(networks[network], path) for name, path in FIGURES.items()
                 }
         seeds = sorted(rows)
         results[variant] = {
@@ -178,29 +182,31 @@ def compare(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
     Returns:
       variant -> figure -> `value`, `low`, `high` (95 %, Student's t over seeds) and `p` of the paired t-test; the
-      figure that is tested also has `p_holm`, adjusted for the number of variants.
+      figure that is tested also has `p_holm`, adjusted for the number of variants. Figures that a run does not have are
+      left out, and so are variants without the figure that is tested.
     """
     base, *others = results
+    tested = next(iter(FIGURES))
     table: dict[str, dict[str, Any]] = {}
     for variant in others:
         seeds = [s for s in results[variant]["seeds"] if s in results[base]["seeds"]]
         if len(seeds) < 2:
             continue
-        table[variant] = {}
+        rows: dict[str, Any] = {}
         for name in FIGURES:
             pair = [
-                np.asarray([results[v]["figures"][name][results[v]["seeds"].index(s)] for s in seeds], float)
+                [results[v]["figures"][name][results[v]["seeds"].index(s)] for s in seeds]
                 for v in (variant, base)
             ]
+            if None in pair[0] + pair[1]:
+                continue
             difference = paired_difference(*pair)
-            # Equal in every seed (a variant that changes nothing here): no evidence of a difference.
-            p = (
-                float(stats.ttest_rel(*pair).pvalue)
-                if np.ptp(pair[0] - pair[1])
-                else float(difference.value == 0)
-            )
-            table[variant][name] = {**difference.to_json(), "p": p, "n": len(seeds)}
-    tested = next(iter(FIGURES))
+            # Equal in every seed: no evidence of a difference, where the t-test would divide 0 by 0.
+            changes = np.ptp(np.subtract(pair[0], pair[1])) > 0
+            p = float(stats.ttest_rel(*pair).pvalue) if changes else float(difference.value == 0)
+            rows[name] = {**difference.to_json(), "p": p, "n": len(seeds)}
+        if tested in rows:
+            table[variant] = rows
     ordered = sorted(table, key=lambda v: table[v][tested]["p"])
     largest = 0.0
     for rank, variant in enumerate(ordered):
@@ -215,7 +221,8 @@ def to_markdown(results: Mapping[str, Any], differences: Mapping[str, Any]) -> s
     lines = [head]
     for variant, result in results.items():
         cells = [
-            _cell(mean_interval(values).to_json()) if values else "–" for values in result["figures"].values()
+            _cell(mean_interval(values).to_json()) if values and None not in values else "–"
+            for values in result["figures"].values()
         ]
         count = str(len(result["seeds"]))
         if result["diverged"]:
@@ -225,7 +232,7 @@ def to_markdown(results: Mapping[str, Any], differences: Mapping[str, Any]) -> s
     lines += ["", f"Difference from {base}, paired by seed; p: paired t-test of {tested}, Holm-adjusted.", ""]
     lines += [head.replace("| seeds |", "| seeds | p |", 1).replace("|---", "|---|---", 1)]
     for variant, row in differences.items():
-        cells = [_cell(row[name], sign=True) for name in FIGURES]
+        cells = [_cell(row[name], sign=True) if name in row else "–" for name in FIGURES]
         lines.append(
             f"| {variant} | {row[tested]['n']} | {row[tested]['p_holm']:.3f} | " + " | ".join(cells) + " |"
         )
@@ -240,10 +247,12 @@ def _cell(interval: Mapping[str, float | None], sign: bool = False) -> str:
     return f"{text} [{interval['low']:{plus}.3f}, {interval['high']:{plus}.3f}]"
 
 
-def _look_up(tree: Any, path: Sequence[str]) -> float:
+def _look_up(tree: Any, path: Sequence[str]) -> float | None:
     for key in path:
+        if key not in tree:  # a head that the data set does not have
+            return None
         tree = tree[key]
-    return float("nan") if tree is None else float(tree)
+    return None if tree is None else float(tree)
 
 
 def _flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:

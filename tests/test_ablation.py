@@ -144,6 +144,7 @@ def test_variants_are_compared_pair_by_pair(monkeypatch, tmp_path):
     np.testing.assert_allclose([row["low"], row["high"]], test.confidence_interval(0.95), atol=1e-6)
     np.testing.assert_allclose(row["p_holm"], 2 * row["p"])  # two variants were compared
     assert differences["same"]["condition macro F1"]["p_holm"] == 1.0
+    assert ablation.collect(list(configs), tmp_path, "teacher")["full"]["seeds"] == []
     table = ablation.to_markdown(results, differences)
     assert "| wild | 0 (+ 3 diverged) | – |" in table
     assert f"{row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" in table
