@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+from dilbert_jax.models.attention import Dense
+from dilbert_jax.sharding import constrain
 
 Array = jax.Array
 
 
 def conv3d(x: Array, kernel: Array, strides: Sequence[int] = (1, 1, 1)) -> Array:
     """Convolves in space and time with zero padding ("same" for odd kernels at stride 1).
+
+    Differentiable in reverse mode only. The arithmetic on a CPU is float32 or wider.
 
     Args:
       x: [B, T, H, W, C].
@@ -33,19 +40,47 @@ def conv3d(x: Array, kernel: Array, strides: Sequence[int] = (1, 1, 1)) -> Array
         raise ValueError(
             f"conv3d needs odd kernel sizes; got {kernel.shape[:3]} (a stem with stride = kernel: patchify)"
         )
-    padding = [((size - 1) // 2, (size - 1) // 2) for size in kernel.shape[:3]]
-    if jax.default_backend() != "cpu":
-        return lax.conv_general_dilated(
-            x, kernel, strides, padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
-        )
-    if tuple(strides) == (1, 1, 1):
-        return _conv3d_stride_1(x, kernel)
-    return _sum_over_taps(x, kernel, strides)
+    return _conv3d(x, kernel, tuple(strides))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv3d(x: Array, kernel: Array, strides: tuple[int, ...]) -> Array:
+    """The form is chosen when the program is lowered, for the platform it is lowered for."""
+    on_cpu = _by_tile if strides == (1, 1, 1) else partial(_sum_over_taps, strides=strides)
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=partial(_at_once, strides=strides))
+
+
+def _conv3d_forward(x: Array, kernel: Array, strides: tuple[int, ...]) -> tuple[Array, tuple[Array, Array]]:
+    return _conv3d(x, kernel, strides), (x, kernel)
+
+
+def _conv3d_backward(
+    strides: tuple[int, ...], saved: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    def derived(form: Callable[..., Array]) -> Callable[..., tuple[Array, Array]]:
+        return lambda x, kernel, gradient: jax.vjp(partial(form, strides=strides), x, kernel)[1](gradient)
+
+    on_cpu = _gradients_by_tile if strides == (1, 1, 1) else derived(_sum_over_taps)
+    return lax.platform_dependent(*saved, gradient, cpu=on_cpu, default=derived(_at_once))
+
+
+_conv3d.defvjp(_conv3d_forward, _conv3d_backward)
+
+
+def _half(kernel: Array) -> list[tuple[int, int]]:
+    """The padding of each axis."""
+    return [((size - 1) // 2, (size - 1) // 2) for size in kernel.shape[:3]]
+
+
+def _at_once(x: Array, kernel: Array, strides: Sequence[int]) -> Array:
+    """`conv3d` as accelerators want it."""
+    numbers = ("NDHWC", "DHWIO", "NDHWC")
+    return lax.conv_general_dilated(x, kernel, strides, _half(kernel), dimension_numbers=numbers)
 
 
 def _sum_over_taps(x: Array, kernel: Array, strides: Sequence[int]) -> Array:
     """`conv3d` as a sum of 2-D convolutions over the temporal taps, several times faster than 3-D on XLA:CPU."""
-    padding = [((size - 1) // 2, (size - 1) // 2) for size in kernel.shape[:3]]
+    padding = _half(kernel)
     batch, _, height, width, channels = x.shape
     x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
     steps = (x.shape[1] - kernel.shape[0]) // strides[0] + 1
@@ -64,41 +99,102 @@ def _sum_over_taps(x: Array, kernel: Array, strides: Sequence[int]) -> Array:
     return out.reshape(batch, steps, *out.shape[1:])
 
 
-@jax.custom_vjp
-def _conv3d_stride_1(x: Array, kernel: Array) -> Array:
-    return _sum_over_taps(x, kernel, (1, 1, 1))
+def _temporal_transforms(taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Matrices A, B, G of a temporal convolution of a tile of frames: y = A ((G kernel) * (B x)), * point by point.
 
+    Three taps: Winograd's F(2, 3), four products for two output frames instead of six. Others: the sum over the taps.
 
-def _conv3d_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _conv3d_stride_1(x, kernel), (x, kernel)
+    Returns:
+      A [outputs, points], B [points, outputs + taps - 1], G [points, taps].
 
-
-def _conv3d_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    """The input's gradient is a convolution with the kernel turned round; the kernel's is one matrix product a tap.
-
-    XLA:CPU derives slower ones: 1.1 to 1.2 times the whole time at the quickstart's sizes (benchmarks/conv3d.py).
+    Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016, section 4.1.
     """
-    x, kernel = saved
-    turned = jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)
-    input_gradient = _sum_over_taps(gradient, turned, (1, 1, 1))
+    if taps == 3:
+        return (
+            np.array([[1, 1, 1, 0], [0, 1, -1, -1]]),
+            np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]]),
+            np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]),
+        )
+    return np.ones((1, taps)), np.eye(taps), np.eye(taps)
+
+
+def _combine(weights: np.ndarray, arrays: Sequence[Array]) -> list[Array]:
+    """One weighted sum of the arrays for each row of `weights`; zeros cost nothing."""
+    sums = []
+    for row in weights.tolist():
+        terms = [array if w == 1 else w * array for w, array in zip(row, arrays, strict=True) if w]
+        sums.append(sum(terms[1:], start=terms[0]))
+    return sums
+
+
+def _frames(x: Array, first: Array, count: int, dtype: Any) -> list[Array]:
+    """`count` frames [B, H, W, C] from `first` on, zero outside the clip."""
+    frames = []
+    for at in (first + offset for offset in range(count)):
+        frame = lax.dynamic_index_in_dim(x, at, axis=1, keepdims=False)
+        frames.append(jnp.where((at >= 0) & (at < x.shape[1]), frame, 0).astype(dtype))
+    return frames
+
+
+def _by_tile(x: Array, kernel: Array) -> Array:
+    """`conv3d` at stride 1 as 2-D convolutions, a few output frames at a time.
+
+    On a CPU fresh memory costs as much as arithmetic. The loop needs the memory of a few frames, and the batch stays
+    an axis, so that it can be sharded.
+    """
+    to_outputs, to_points, to_kernels = _temporal_transforms(kernel.shape[0])
+    outputs, wide = len(to_outputs), jnp.promote_types(x.dtype, jnp.float32)
+    before, *padding = _half(kernel)
+    kernels = _combine(to_kernels, list(kernel.astype(wide)))
+    batch, time, height, width, _ = x.shape
+    tiles = -(-time // outputs)
+
+    def convolve(tile: Array, out: Array) -> Array:
+        points = _combine(to_points, _frames(x, tile * outputs - before[0], to_points.shape[1], wide))
+        products = [
+            lax.conv_general_dilated(f, k, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            for f, k in zip(points, kernels, strict=True)
+        ]
+        for output, y in enumerate(_combine(to_outputs, products)):
+            out = lax.dynamic_update_index_in_dim(out, y.astype(x.dtype), tile * outputs + output, axis=1)
+        return out
+
+    # Overwritten whole. Zeros XLA would share between convolutions, and copy for each.
+    unwritten = jnp.broadcast_to(kernel[0, 0, 0, 0], (batch, tiles * outputs, height, width, kernel.shape[4]))
+    return lax.fori_loop(0, tiles, convolve, unwritten)[:, :time]
+
+
+def _gradients_by_tile(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
+    """The input's gradient is a convolution with the kernel turned round; the kernel's is a matrix product a point.
+
+    x is shifted by the kernel's columns and the gradient by its rows, so that one product of the two has all rows and
+    columns of the kernel, and neither is copied for each of its cells.
+    """
     taps, rows, columns, channels, features = kernel.shape
-    time, height, width = x.shape[1:4]
-    half = (taps - 1) // 2, (rows - 1) // 2, (columns - 1) // 2
-    x = jnp.pad(x, ((0, 0), (0, 0), (half[1], half[1]), (half[2], half[2]), (0, 0)))
-    gradient = jnp.pad(gradient, ((0, 0), (half[0], half[0]), (0, 0), (0, 0), (0, 0)))
-    # Input frame t meets the gradient of output frame t - tap + half: all temporal taps share one product.
-    shifted = [gradient[:, 2 * half[0] - tap : 2 * half[0] - tap + time] for tap in range(taps)]
-    by_frame = jnp.concatenate(shifted, axis=-1).reshape(-1, taps * features)
-    products = [
-        x[:, :, row : row + height, column : column + width].reshape(-1, channels).T @ by_frame
-        for row in range(rows)
-        for column in range(columns)
-    ]
-    kernel_gradient = jnp.stack(products).reshape(rows, columns, channels, taps, features)
-    return input_gradient, kernel_gradient.transpose(3, 0, 1, 2, 4)
+    to_outputs, to_points, to_kernels = _temporal_transforms(taps)
+    outputs, wide = len(to_outputs), jnp.promote_types(x.dtype, jnp.float32)
+    (before, _), (up, _), (left, _) = _half(kernel)
+    _, time, height, width, _ = x.shape
 
+    def accumulate(tile: Array, totals: list[Array]) -> list[Array]:
+        points = _combine(to_points, _frames(x, tile * outputs - before, to_points.shape[1], wide))
+        gradients = _frames(gradient, tile * outputs, outputs, wide)
+        products = []
+        for f, g in zip(points, _combine(to_outputs.T, gradients), strict=True):
+            f = jnp.pad(f, ((0, 0), (0, 0), (left, left), (0, 0)))
+            f = jnp.concatenate([f[:, :, column : column + width] for column in range(columns)], axis=-1)
+            g = jnp.pad(g, ((0, 0), (up, up), (0, 0), (0, 0)))
+            # Input row h meets the gradient of output row h - row + up.
+            g = jnp.concatenate([g[:, 2 * up - row : 2 * up - row + height] for row in range(rows)], axis=-1)
+            products.append(f.reshape(-1, columns * channels).T @ g.reshape(-1, rows * features))
+        return [total + product for total, product in zip(totals, products, strict=True)]
 
-_conv3d_stride_1.defvjp(_conv3d_forward, _conv3d_backward)
+    zeros = jnp.zeros((columns * channels, rows * features), wide)
+    totals = lax.fori_loop(0, -(-time // outputs), accumulate, [zeros] * len(to_points))
+    by_tap = jnp.stack(_combine(to_kernels.T, totals)).reshape(taps, columns, channels, rows, features)
+    kernel_gradient = by_tap.transpose(0, 3, 1, 2, 4).astype(kernel.dtype)
+    turned = jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)
+    return _by_tile(gradient, turned), kernel_gradient
 
 
 def patchify(x: Array, patch: Sequence[int]) -> Array:
@@ -124,7 +220,7 @@ class Conv3D(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (*self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
+        kernel = constrain(self.param("kernel", nn.initializers.he_normal(), shape))
         y = conv3d(x.astype(self.dtype), kernel.astype(self.dtype), self.strides)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
@@ -190,10 +286,10 @@ class VideoEncoder(nn.Module):
             raise ValueError(f"channels {self.channels} and blocks {self.blocks} need one entry a stage each")
         valid = step_mask[:, :, None, None, None]
         x = patchify(frames[..., None].astype(self.dtype), self.stem_patch)
-        x = nn.gelu(nn.Dense(self.channels[0], dtype=self.dtype, name="stem")(x))
+        x = nn.gelu(Dense(self.channels[0], dtype=self.dtype, name="stem")(x))
         for stage, (width, depth) in enumerate(zip(self.channels, self.blocks, strict=True)):
             if stage:
-                x = nn.Dense(width, dtype=self.dtype, name=f"stage{stage}_merge")(patchify(x, (1, 2, 2)))
+                x = Dense(width, dtype=self.dtype, name=f"stage{stage}_merge")(patchify(x, (1, 2, 2)))
                 x = nn.gelu(GroupNorm(dtype=self.dtype, name=f"stage{stage}_norm")(x, valid))
             kernel_size = (3, 3, 3) if stage else (1, 3, 3)
             for block in range(depth):
