@@ -6,18 +6,22 @@ python -m dilbert_jax.annotate --workdir=runs/quickstart --input=clip.dcm --outp
 from __future__ import annotations
 
 import argparse
+import collections
+import concurrent.futures
+import dataclasses
 import hashlib
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
-from dilbert_jax.annotation import Thresholds, build_visual, compose, describe_source, predict
+from dilbert_jax.annotation import Thresholds, annotate_clips
 from dilbert_jax.experiment import ModelContext, load_context
 from dilbert_jax.media import Clip, MediaError, find_media, read_clip
 from dilbert_jax.report import render_annotation, render_index
@@ -26,10 +30,12 @@ from dilbert_jax.training.loop import network_params
 from dilbert_jax.training.step import NETWORKS
 
 MAX_FRAMES = 128  # the paper's limit of serialized images a clip
+BATCH_SIZE = 8
+PAGE_SIDE = 480  # pixels; annotation.html shows no larger frames
 
 
 class Annotator:
-    """A trained network, loaded once; `annotate(clip)` compiles on its first call only."""
+    """A trained network, loaded once; compiles on the first clip of a bucket and batch size only."""
 
     def __init__(self, workdir: pathlib.Path, network: str = "student"):
         self.context: ModelContext = load_context(workdir)
@@ -40,23 +46,38 @@ class Annotator:
 
     def annotate(self, clip: Clip, sha256: str = "") -> dict[str, Any]:
         """Returns the annotation dictionary of one clip (docs/annotation_schema.md)."""
-        example, boxes = build_visual(self.context, clip.frames)
-        prediction = predict(self.context, self.params, {name: v[None] for name, v in example.items()})
+        return next(self.annotate_stream([(clip, sha256)], batch_size=1))
+
+    def annotate_stream(
+        self, clips: Iterable[tuple[Clip, str]], batch_size: int = BATCH_SIZE
+    ) -> Iterator[dict[str, Any]]:
+        """Annotates clips as they come, in batches; `annotate_clips` says when a batch runs.
+
+        Args:
+          clips: clips and the SHA-256 of their files ("" = unknown); may be endless.
+          batch_size: clips a batch; a larger one keeps an accelerator busier and lets clips wait longer.
+
+        Returns:
+          An iterator over the annotation dictionaries, in the order of the clips.
+        """
         model = {
             "network": self.network,
             "stage": "finetune",
             "step": self.step,
             "dataset": self.context.config.data.name,
         }
-        return compose(
-            self.context,
-            {name: values[0] for name, values in prediction.items()},
-            example,
-            boxes,
-            self.thresholds,
-            source=describe_source(clip, sha256),
-            model=model,
+        return annotate_clips(
+            self.context, self.params, clips, self.thresholds, model=model, batch_size=batch_size
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Page:
+    """What a file's pages need once its batch has run; the clip itself would fill the memory until then."""
+
+    frames: np.ndarray
+    frame_index: tuple[int, ...]
+    started: float
 
 
 def annotate_path(
@@ -67,17 +88,96 @@ def annotate_path(
     Raises:
       MediaError: the file cannot be read as a clip.
     """
+    clip, sha256, page = _read(path)
+    annotation = annotator.annotate(clip, sha256)
+    _write(annotation, page, output)
+    return annotation, clip
+
+
+def annotate_files(
+    annotator: Annotator, outputs: Mapping[pathlib.Path, pathlib.Path], batch_size: int = BATCH_SIZE
+) -> list[dict[str, Any]]:
+    """Annotates files in batches, reading the next one meanwhile, and writes the pages of each.
+
+    Args:
+      annotator: the trained network.
+      outputs: file -> folder for its annotation.json and annotation.html.
+      batch_size: clips a batch; fewer files make a smaller one.
+
+    Returns:
+      For each file, in order, either `reason`, why it cannot be read (also one line on stderr), or `annotation`,
+      `frames` (the middle one, [1, H, W]) and `seconds`: from opening the file to its written pages, with the wait
+      for the rest of its batch.
+    """
+    entries: list[dict[str, Any]] = [{} for _ in outputs]
+    pages: collections.deque[tuple[dict[str, Any], pathlib.Path, _Page]] = collections.deque()
+    with tqdm(total=len(outputs), desc="annotating", unit="file", disable=len(outputs) == 1) as bar:
+
+        def clips() -> Iterator[tuple[Clip, str]]:
+            readings = _read_ahead(outputs)
+            for entry, folder, reading in zip(entries, outputs.values(), readings, strict=True):
+                try:
+                    clip, sha256, page = reading.result()
+                except MediaError as error:
+                    entry["reason"] = error.reason
+                    tqdm.write(f"skipped {error}", file=sys.stderr)
+                    bar.update()
+                else:
+                    pages.append((entry, folder, page))
+                    yield clip, sha256
+
+        for annotation in annotator.annotate_stream(clips(), min(batch_size, len(outputs))):
+            entry, folder, page = pages.popleft()
+            _write(annotation, page, folder)
+            entry |= {
+                "annotation": annotation,
+                # A copy: a slice would keep all frames of all files in memory.
+                "frames": page.frames[len(page.frames) // 2 :][:1].copy(),
+                "seconds": round(time.monotonic() - page.started, 3),
+            }
+            bar.update()
+    return entries
+
+
+def _read_ahead(
+    paths: Iterable[pathlib.Path],
+) -> Iterator[concurrent.futures.Future[tuple[Clip, str, _Page]]]:
+    """Reads every file in a thread, the next one while the caller is busy with one."""
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
+        readings: collections.deque[concurrent.futures.Future[tuple[Clip, str, _Page]]] = collections.deque()
+        for path in paths:
+            readings.append(pool.submit(_read, path))
+            if len(readings) > 1:
+                yield readings.popleft()
+        yield from readings
+
+
+def _read(path: pathlib.Path) -> tuple[Clip, str, _Page]:
+    """One file's clip, its SHA-256, and what its pages need."""
+    started = time.monotonic()
     clip = read_clip(path, max_frames=MAX_FRAMES)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    annotation = annotator.annotate(clip, sha256)
+    return clip, sha256, _Page(shrink_for_page(clip.frames), clip.frame_index, started)
+
+
+def shrink_for_page(frames: np.ndarray) -> np.ndarray:
+    """Scales uint8 [T, H, W] down to the size at which annotation.html shows frames, if they are larger."""
+    height, width = frames.shape[1:]
+    scale = PAGE_SIDE / max(height, width)
+    if scale >= 1:
+        return frames
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    images = (Image.fromarray(f).resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0) for f in frames)
+    return np.stack([np.asarray(image) for image in images])
+
+
+def _write(annotation: dict[str, Any], page: _Page, output: pathlib.Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(
-        in_source_frames(annotation, clip.frame_index), indent=1, ensure_ascii=False, allow_nan=False
-    )
+    in_source = in_source_frames(annotation, page.frame_index)
+    text = json.dumps(in_source, indent=1, ensure_ascii=False, allow_nan=False)
     (output / "annotation.json").write_text(text, encoding="utf-8")
-    render_annotation(annotation, clip.frames, output / "annotation.html", source_frames=clip.frame_index)
-    return annotation, clip
+    render_annotation(annotation, page.frames, output / "annotation.html", source_frames=page.frame_index)
 
 
 def in_source_frames(annotation: dict[str, Any], frame_index: Sequence[int]) -> dict[str, Any]:
@@ -115,32 +215,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
+    is_folder = args.input.is_dir()
+    # A folder a file, suffix and all: a.png and a.dcm are two clips.
+    folders = [path.relative_to(args.input) if is_folder else pathlib.Path() for path in files]
+    outputs = {path: args.output / folder for path, folder in zip(files, folders, strict=True)}
     entries: list[dict[str, Any]] = []
-    for path in tqdm(files, desc="annotating", unit="file", disable=len(files) == 1):
-        started = time.monotonic()
-        folder = pathlib.Path()
-        if args.input.is_dir():
-            folder = path.relative_to(
-                args.input
-            )  # a folder a file, suffix and all: a.png and a.dcm are two clips
-        entry: dict[str, Any] = {
-            "file": str(path.relative_to(args.input) if args.input.is_dir() else path.name)
-        }
-        try:
-            annotation, clip = annotate_path(annotator, path, args.output / folder)
-        except MediaError as error:
-            entry["reason"] = error.reason
-            tqdm.write(f"skipped {error}", file=sys.stderr)
-        else:
-            entry |= {
-                "href": (folder / "annotation.html").as_posix(),
-                "annotation": annotation,
-                "frames": clip.frames[len(clip.frames) // 2 :][:1],  # the thumbnail
-                "seconds": round(time.monotonic() - started, 3),
-            }
-        entries.append(entry)
+    for path, folder, entry in zip(files, folders, annotate_files(annotator, outputs), strict=True):
+        href = {} if "reason" in entry else {"href": (folder / "annotation.html").as_posix()}
+        entries.append({"file": str(folder) if is_folder else path.name, **href, **entry})
     failed = sum("reason" in e for e in entries)
-    if args.input.is_dir():
+    if is_folder:
         args.output.mkdir(parents=True, exist_ok=True)
         render_index(entries, args.output / "index.html")
         summary = [{k: v for k, v in e.items() if k not in ("annotation", "frames")} for e in entries]
@@ -148,8 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8"
         )
     elif not failed:
-        print(annotation["description"]["en"])
-        print(annotation["description"]["zh"])
+        description = entries[0]["annotation"]["description"]
+        print(description["en"])
+        print(description["zh"])
     print(f"{len(entries) - failed} of {len(entries)} annotated, {failed} failed; see {args.output}")
     return 1 if failed else 0
 

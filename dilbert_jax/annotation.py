@@ -1,12 +1,13 @@
-"""From a clip to an annotation: run the network on it, match entities with places, compose the text."""
+"""From clips to annotations: run the network on them, match entities with places, compose the text."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from dilbert_jax.experiment import ModelContext
 from dilbert_jax.input_pipeline import Example, lay_grid, pad_frames
 from dilbert_jax.knowledge import describe
 from dilbert_jax.media import Clip
+from dilbert_jax.models import Dilbert
 from dilbert_jax.training.step import VISUAL, annotation_forward
 
 SCHEMA = "dilbert-jax/annotation/1"
@@ -70,18 +72,28 @@ def choose_threshold(probabilities: np.ndarray, targets: np.ndarray, min_positiv
 
 
 def build_visual(context: ModelContext, frames: np.ndarray) -> tuple[Example, np.ndarray]:
-    """Prepares decoded frames uint8 [T, H, W] for the network exactly as evaluation does.
+    """Prepares decoded frames for the network as evaluation does, but padded to the clip's own bucket only.
+
+    Args:
+      context: of the run.
+      frames: uint8 [T, H, W], T at least 1.
 
     Returns:
       The example (without labels), and its grid boxes mapped back to the frames' own coordinates [R, 4].
+
+    Raises:
+      ValueError: frames of another kind.
     """
+    if frames.ndim != 3 or not frames.size or frames.dtype != np.uint8:
+        raise ValueError(f"a clip's frames must be uint8 [T, H, W], grey; got {frames.dtype} {frames.shape}")
     spec, data = context.spec, context.config.data
     # In two steps like the clip store: the sector shows in all frames that a store would keep.
     stored = select_evenly(len(frames), data.stored_frames)
     canvas, placement = place_on_canvas(frames[stored], data.size)
     sampled = select_evenly(len(stored), spec.num_frames)
     boxes, box_frames = lay_grid(spec, find_sector(canvas), len(sampled))
-    padded, mask = pad_frames(canvas[sampled], spec.num_frames)
+    length = spec.padded_length(len(sampled))
+    padded, mask = pad_frames(canvas[sampled], length)
     frame_index = stored[sampled]
     blank = context.tokenizer.encode("", "en", context.graph, spec.max_tokens)
     example = {
@@ -93,29 +105,39 @@ def build_visual(context: ModelContext, frames: np.ndarray) -> tuple[Example, np
         "token_ids": blank.token_ids[:2],
         "token_types": blank.token_types[:2],
         "token_mask": blank.token_mask[:2],
-        "frame_index": np.pad(frame_index, (0, spec.num_frames - len(sampled)), mode="edge").astype(np.int32),
+        "frame_index": np.pad(frame_index, (0, length - len(sampled)), mode="edge").astype(np.int32),
     }
     return example, placement.to_frame(boxes)
 
 
+def annotation_probabilities(model: Dilbert, params: Any, batch: Any, names: Any) -> dict[str, jax.Array]:
+    """What the network says of a batch of clips; pure, so that it can be compiled and exported.
+
+    Args:
+      model: the architecture; params: its parameters.
+      batch: the arrays of `VISUAL`, leading axis B.
+      names: word pieces int [E, P] of the candidate entities' names, and their mask.
+
+    Returns:
+      As `predict`.
+    """
+    logits, _ = annotation_forward(model, params, batch, names, None)
+    match = logits["match"]
+    return {
+        "organ": jax.nn.softmax(logits["organ"]),
+        "condition": jax.nn.softmax(logits["condition"]),
+        "findings": jax.nn.sigmoid(logits["findings"]),
+        "entities": jax.nn.sigmoid(match["clip"]),
+        "frame_scores": jax.nn.sigmoid(match["frame"]),
+        "region_scores": jax.nn.sigmoid(match["region"]),
+        "region_logits": match["region"],
+    }
+
+
 @functools.lru_cache(maxsize=4)
-def _compiled(model: Any) -> Any:
-    """One compilation a model and batch shape; parameters and entity names are arguments."""
-
-    def run(params: Any, batch: Any, names: Any) -> Any:
-        logits, _ = annotation_forward(model, params, batch, names, None)
-        match = logits["match"]
-        return {
-            "organ": jax.nn.softmax(logits["organ"]),
-            "condition": jax.nn.softmax(logits["condition"]),
-            "findings": jax.nn.sigmoid(logits["findings"]),
-            "entities": jax.nn.sigmoid(match["clip"]),
-            "frame_scores": jax.nn.sigmoid(match["frame"]),
-            "region_scores": jax.nn.sigmoid(match["region"]),
-            "region_logits": match["region"],
-        }
-
-    return jax.jit(run)
+def compiled_probabilities(model: Dilbert) -> Any:
+    """`annotation_probabilities`, compiled once a batch shape; parameters and entity names are arguments."""
+    return jax.jit(functools.partial(annotation_probabilities, model))
 
 
 def predict(context: ModelContext, params: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -127,7 +149,86 @@ def predict(context: ModelContext, params: Any, batch: Mapping[str, np.ndarray])
     """
     names = tuple(map(jnp.asarray, context.entity_names))
     inputs = {name: jnp.asarray(batch[name]) for name in VISUAL}
-    return jax.device_get(_compiled(context.model)(params, inputs, names))
+    return jax.device_get(compiled_probabilities(context.model)(params, inputs, names))
+
+
+@dataclasses.dataclass
+class _Waiting:
+    """A clip on its way: what the network sees of it, and its annotation, empty until its batch has run."""
+
+    example: Example
+    boxes: np.ndarray
+    source: dict[str, Any]
+    annotation: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def annotate_clips(
+    context: ModelContext,
+    params: Any,
+    clips: Iterable[tuple[Clip, str]],
+    thresholds: Thresholds,
+    *,
+    model: Mapping[str, Any],
+    batch_size: int = 8,
+) -> Iterator[dict[str, Any]]:
+    """Annotates a stream of clips in batches of one bucket each, in the order in which they come.
+
+    A batch runs when it is full, when the stream ends, or when its first clip holds up too many others: of the clips
+    read at most batch_size times the number of buckets are not yielded yet, and of those only what the network sees
+    is kept. Short batches are padded to batch_size, so that every bucket compiles once.
+
+    Args:
+      context: of the run; params: of the network.
+      clips: clips and the SHA-256 of their files ("" = unknown); read one by one, no more than needed.
+      thresholds: from validation.
+      model: provenance, copied into every annotation.
+      batch_size: clips a batch.
+
+    Yields:
+      One annotation dictionary a clip (docs/annotation_schema.md).
+
+    Raises:
+      ValueError: a batch size below 1, or a clip without grey frames.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+
+    def run(batch: list[_Waiting]) -> None:
+        examples = [clip.example for clip in batch]
+        examples += examples[-1:] * (batch_size - len(batch))
+        prediction = predict(
+            context, params, {name: np.stack([e[name] for e in examples]) for name in VISUAL}
+        )
+        for row, clip in enumerate(batch):
+            clip.annotation = compose(
+                context,
+                {name: values[row] for name, values in prediction.items()},
+                clip.example,
+                clip.boxes,
+                thresholds,
+                source=clip.source,
+                model=model,
+            )
+        batch.clear()
+
+    limit = batch_size * len({*context.spec.frame_buckets, context.spec.num_frames})
+    buckets: dict[int, list[_Waiting]] = collections.defaultdict(list)
+    queue: collections.deque[_Waiting] = collections.deque()
+    for clip, sha256 in clips:
+        queue.append(_Waiting(*build_visual(context, clip.frames), describe_source(clip, sha256)))
+        batch = buckets[len(queue[-1].example["frames"])]
+        batch.append(queue[-1])
+        if len(batch) == batch_size:
+            run(batch)
+        if len(queue) == limit and not queue[0].annotation:
+            run(buckets[len(queue[0].example["frames"])])
+        while queue and queue[0].annotation:
+            yield queue.popleft().annotation
+    for batch in buckets.values():
+        if batch:
+            run(batch)
+    for waiting in queue:
+        yield waiting.annotation
 
 
 def compose(

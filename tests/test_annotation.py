@@ -1,5 +1,6 @@
 """Annotation: thresholds against brute force, the clip as evaluation sees it, the dictionary and its text."""
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -9,12 +10,15 @@ import numpy as np
 import pytest
 from small_export import shared_experiment
 
+from dilbert_jax import annotation as annotation_module
 from dilbert_jax.annotation import (
     NOTICE,
     SCHEMA,
     Thresholds,
+    annotate_clips,
     build_visual,
     choose_threshold,
+    compiled_probabilities,
     compose,
     describe_source,
     predict,
@@ -27,6 +31,11 @@ from dilbert_jax.media import Clip, read_clip
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     return shared_experiment(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def params(experiment):
+    return experiment.context.init_params(jax.random.key(0))
 
 
 # --- thresholds -------------------------------------------------------------------------------------------
@@ -108,6 +117,26 @@ def test_regions_are_given_in_the_frames_own_coordinates(experiment):
     np.testing.assert_allclose(visual["boxes"][0], [0.25, 0, 0.75, 1], atol=1e-6)
     np.testing.assert_allclose(boxes[1], [0, 0, 0.5, 0.5], atol=1e-6)
     assert np.diag(box_iou(boxes, boxes)) == pytest.approx(1.0)
+
+
+def with_buckets(context, *lengths):
+    return dataclasses.replace(context, spec=dataclasses.replace(context.spec, frame_buckets=lengths))
+
+
+def test_a_clip_is_padded_to_its_own_bucket(experiment):
+    context = with_buckets(experiment.context, 2)
+    for num_frames, length in ((1, 2), (2, 2), (3, 4), (4, 4), (12, 4)):
+        visual, _ = build_visual(context, np.resize(FRAMES, (num_frames, 30, 60)))
+        assert len(visual["frames"]) == len(visual["frame_mask"]) == len(visual["frame_index"]) == length
+        assert visual["frame_mask"].sum() == min(num_frames, length)
+
+
+@pytest.mark.parametrize("shape", [(3, 30, 60, 3), (0, 30, 60), (30, 60)])
+def test_frames_that_are_no_grey_clip_are_refused(experiment, shape):
+    with pytest.raises(ValueError, match=r"uint8 \[T, H, W\]"):
+        build_visual(experiment.context, np.zeros(shape, np.uint8))
+    with pytest.raises(ValueError, match="float32"):
+        build_visual(experiment.context, FRAMES.astype(np.float32))
 
 
 # --- the dictionary ---------------------------------------------------------------------------------------
@@ -229,9 +258,8 @@ def test_the_source_is_named_without_its_folder():
     }  # fmt: skip
 
 
-def test_predictions_are_probabilities_that_padding_does_not_change(experiment):
+def test_predictions_are_probabilities_that_padding_does_not_change(experiment, params):
     context = experiment.context
-    params = context.init_params(jax.random.key(0))
     visual, _ = build_visual(context, FRAMES[:2])
     batch = {name: np.stack([value] * 2) for name, value in visual.items()}
     batch["frames"] = batch["frames"].copy()
@@ -245,3 +273,121 @@ def test_predictions_are_probabilities_that_padding_does_not_change(experiment):
             assert value.min() >= 0 and value.max() <= 1
         first, second = (value[k][..., valid] if name == "frame_scores" else value[k] for k in (0, 1))
         np.testing.assert_allclose(first, second, rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+# --- streams ----------------------------------------------------------------------------------------------
+
+
+def make_clips(lengths):
+    """Endlessly possible: clips named after their place in the stream."""
+    for number, num_frames in enumerate(lengths):
+        frames = np.random.default_rng(number).integers(0, 255, (num_frames, 30, 60)).astype(np.uint8)
+        yield (
+            Clip(frames, fps=None, pixel_spacing_mm=None, decoder="d", source=f"{number}.png"),
+            f"{number:x}",
+        )
+
+
+def close(ours, theirs):
+    """Equal dictionaries, but for the last of the four places of a number."""
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            close(ours[name], theirs[name])
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            close(a, b)
+    else:
+        assert ours == (pytest.approx(theirs, abs=1.01e-4) if isinstance(ours, float) else theirs)
+
+
+LENGTHS = (1, 9, 3, 2, 4, 4, 1, 12)
+
+
+@pytest.mark.numerics
+def test_a_stream_gives_what_every_clip_gives_alone(experiment, params):
+    context = with_buckets(experiment.context, 2)
+    compiled_probabilities.cache_clear()
+
+    def annotate(clips, batch_size):
+        return list(
+            annotate_clips(context, params, clips, Thresholds({}, {}), model={}, batch_size=batch_size)
+        )
+
+    together = annotate(make_clips(LENGTHS), 3)
+    assert (
+        compiled_probabilities(context.model)._cache_size() == 2
+    )  # one a bucket, full and short batches alike
+    alone = [annotation for clip in make_clips(LENGTHS) for annotation in annotate([clip], 1)]
+    assert [a["source"]["file"] for a in together] == [f"{i}.png" for i in range(len(LENGTHS))]
+    assert [a["source"]["sha256"] for a in together] == [f"{i:x}" for i in range(len(LENGTHS))]
+    # Entities of equal score to four places may change places.
+    for annotation in (*together, *alone):
+        for name in ("findings", "entities"):
+            annotation[name].sort(key=lambda entry: entry["id"])
+    close(together, alone)
+    assert annotate([], 3) == []
+
+
+@pytest.mark.numerics
+def test_a_prediction_is_the_same_alone_in_a_batch_and_in_another_bucket(experiment, params):
+    context, short = experiment.context, with_buckets(experiment.context, 2)
+    clips = [clip.frames for clip, _ in make_clips((1, 2, 2))]
+
+    def run(context, clips):
+        examples = [build_visual(context, frames)[0] for frames in clips]
+        return predict(context, params, {name: np.stack([e[name] for e in examples]) for name in examples[0]})
+
+    together = run(short, clips)
+    for row, frames in enumerate(clips):
+        for other in (run(short, [frames]), run(context, [frames])):
+            for name, values in other.items():
+                steps = slice(0, 1) if name == "frame_scores" else slice(None)
+                np.testing.assert_allclose(
+                    together[name][row][..., steps], values[0][..., steps], rtol=1e-5, atol=1e-5, err_msg=name
+                )
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Replaces the network by one that answers at once; returns the shapes of the batches it was given."""
+    shapes = []
+
+    def fake(context, params, batch):
+        del params
+        count, length = batch["frame_mask"].shape
+        shapes.append((count, length))
+        row = make_prediction(context, CYST)
+        row["frame_scores"] = row["frame_scores"][:, : length // context.spec.frames_per_step]
+        return {name: np.stack([value] * count) for name, value in row.items()}
+
+    monkeypatch.setattr(annotation_module, "predict", fake)
+    return shapes
+
+
+def test_a_rare_bucket_does_not_hold_up_an_endless_stream(experiment, batches):
+    context, read = with_buckets(experiment.context, 2), 0
+
+    def endless():
+        nonlocal read
+        for clip in make_clips(itertools.chain([4, 1], itertools.repeat(9))):
+            read += 1
+            yield clip
+
+    stream = annotate_clips(context, None, endless(), Thresholds({}, {}), model={}, batch_size=3)
+    for number in range(20):
+        assert next(stream)["source"]["file"] == f"{number}.png"
+        assert read - number <= 2 * 3  # clips read and not yielded, this one included
+    assert batches.count((3, 2)) == 1 and set(batches) == {(3, 2), (3, 4)}
+
+
+def test_full_batches_run_as_soon_as_they_are_full(experiment, batches):
+    clips = make_clips([4] * 7)
+    stream = annotate_clips(experiment.context, None, clips, Thresholds({}, {}), model={}, batch_size=3)
+    assert next(stream)["source"]["file"] == "0.png"
+    assert next(clips)[0].source == "3.png"  # no clip was read beyond the first batch
+    assert [a["source"]["file"] for a in stream] == ["1.png", "2.png", "4.png", "5.png", "6.png"]
+    assert batches == [(3, 4)] * 2
+    with pytest.raises(ValueError, match="batch_size"):
+        next(annotate_clips(experiment.context, None, clips, Thresholds({}, {}), model={}, batch_size=0))

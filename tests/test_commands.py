@@ -14,6 +14,8 @@ from small_export import make_clip, shared_run, write_mp4
 from dilbert_jax import annotate
 from dilbert_jax.evaluate import evaluate, summarize
 from dilbert_jax.evaluation.metrics import classification_report
+from dilbert_jax.media import find_media
+from dilbert_jax.report import encode_frames
 
 SCHEMA_PAGE = Path(__file__).resolve().parents[1] / "docs" / "annotation_schema.md"
 
@@ -213,7 +215,7 @@ def test_a_folder_with_a_broken_file_is_annotated_but_for_it(trained, inbox, tmp
     printed = capsys.readouterr()
     assert "3 of 4 annotated, 1 failed" in printed.out and "broken.png" in printed.err
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
-    assert {e["file"] for e in summary} == {"clip.mp4", "later/still.png", "cine.dcm", "broken.png"}
+    assert [e["file"] for e in summary] == ["broken.png", "cine.dcm", "clip.mp4", "later/still.png"]
     (failed,) = [e for e in summary if "reason" in e]
     assert failed["file"] == "broken.png" and failed["reason"] and "href" not in failed
     for entry in summary:
@@ -229,6 +231,40 @@ def test_a_folder_with_a_broken_file_is_annotated_but_for_it(trained, inbox, tmp
         assert annotation["model"]["step"] == 28 and annotation["model"]["network"] == "student"
     index = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     assert all(e["href"] in index for e in summary if e is not failed) and "broken.png" in index
+
+
+def test_a_folder_gives_what_its_files_give_alone_in_their_order(trained, inbox, tmp_path):
+    annotator = annotate.Annotator(trained[1])
+    files = find_media(inbox)
+    outputs = {path: tmp_path / str(i) for i, path in enumerate(files)}
+    entries = annotate.annotate_files(annotator, outputs, batch_size=2)
+    assert ["reason" in entry for entry in entries] == [path.name == "broken.png" for path in files]
+    for (path, folder), entry in zip(outputs.items(), entries, strict=True):
+        if "reason" in entry:
+            assert entry.keys() == {"reason"} and not folder.exists()
+            continue
+        assert entry.keys() == {"annotation", "frames", "seconds"} and len(entry["frames"]) == 1
+        assert entry["frames"].base is None  # a slice of the clip would keep all of it
+        annotation, clip = annotate.annotate_path(annotator, path, tmp_path / "alone")
+        assert entry["annotation"]["source"] == annotation["source"]
+        scores, expected = (
+            {e["id"]: [e["score"], *e["frame_scores"], *e["region_scores"]] for e in a["entities"]}
+            for a in (entry["annotation"], annotation)
+        )
+        for concept, values in expected.items():
+            assert scores[concept] == pytest.approx(values, abs=1.01e-4)
+        assert (folder / "annotation.html").exists() and len(clip.frames) == annotation["source"][
+            "num_frames"
+        ]
+
+
+def test_a_clip_that_waits_keeps_what_its_page_shows():
+    frames = np.random.default_rng(0).integers(0, 255, (2, 600, 900)).astype(np.uint8)
+    shrunk = annotate.shrink_for_page(frames)
+    assert shrunk.shape == (2, 320, 480)
+    assert encode_frames(shrunk) == encode_frames(frames)
+    small = frames[:, :300, :480]
+    assert annotate.shrink_for_page(small) is small
 
 
 def test_a_single_good_file_succeeds_and_prints_its_description(
