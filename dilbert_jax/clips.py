@@ -103,6 +103,12 @@ class ClipStore:
     def __len__(self) -> int:
         return len(self.studies)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Memory-mapped pixels are pickled as their path: a worker process maps the file itself."""
+        if isinstance(self.pixels, np.memmap):
+            return _map_clips, (self.studies, self.pixels.filename, self.offsets)
+        return ClipStore, (self.studies, self.pixels, self.offsets)
+
 
 def open_clip_store(
     examples: Iterable[tuple[str, dict[str, Any]]],
@@ -131,7 +137,12 @@ def open_clip_store(
     studies = tuple(_study_from_json(entry) for entry in fields)
     counts = [len(study.frame_index) for study in studies]
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return ClipStore(studies, np.load(target / "pixels.npy", mmap_mode="r"), offsets)
+    return _map_clips(studies, target / "pixels.npy", offsets)
+
+
+def _map_clips(studies: tuple[Study, ...], file: pathlib.Path, offsets: np.ndarray) -> ClipStore:
+    """The store whose pixels lie in a .npy file."""
+    return ClipStore(studies, np.load(file, mmap_mode="r"), offsets)
 
 
 def _build(

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from multiprocessing import resource_tracker
 
 import grain
 import numpy as np
+from absl import flags
 
 from dilbert_jax.clips import ClipStore, Study, select_evenly
 from dilbert_jax.knowledge import (
@@ -23,6 +29,10 @@ Example = dict[str, np.ndarray]
 MASK_RATE = 0.15
 ZERO_RATE = 0.9
 LABEL_IOU = 0.3
+SMALLEST_CROP = 0.9
+LEAST_VISIBLE = 0.2
+SMALLEST_SHARED = 2048  # bytes
+CACHED_PIXELS = 1 << 16  # augmented at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +41,7 @@ class InputSpec:
 
     Attributes:
       num_frames: frames a clip is sampled to; shorter clips are padded.
+      frame_buckets: the lengths that clips are padded to, ascending, the last being num_frames; () = num_frames alone.
       frames_per_step: frames per description token.
       grid_scales: boxes per side of each scale of the region grid inside the scan sector.
       grid_steps: how many times across the clip the grid is laid.
@@ -42,7 +53,7 @@ class InputSpec:
       shuffle: the description tokens of half of the pre-training examples are shuffled (D9).
       report_dropout: share of pre-training examples shown without their report, as in annotation: what is masked
         must then be seen, not read. They count for MDC and MOC, not for MLM and CMM.
-      augment: random gain, gamma, shift, and mirroring where no side is named.
+      augment: random gain, gamma, gain over depth, crop, shift, and mirroring where no side is named.
     """
 
     num_frames: int
@@ -57,6 +68,12 @@ class InputSpec:
     shuffle: bool = False
     report_dropout: float = 0.0
     augment: bool = True
+    frame_buckets: tuple[int, ...] = ()
+
+    def padded_length(self, num_frames: int) -> int:
+        """The bucket of a clip: the smallest length that holds what is sampled of its frames."""
+        wanted = min(num_frames, self.num_frames)
+        return min(length for length in (*self.frame_buckets, self.num_frames) if length >= wanted)
 
     @property
     def num_grid_regions(self) -> int:
@@ -119,6 +136,10 @@ class ExampleBuilder:
 
     # -- frames ----------------------------------------------------------------------------------------------
 
+    def padded_length(self, index: int) -> int:
+        """Frames of a study's examples in training. In evaluation all have num_frames: one shape, in any order."""
+        return self.spec.padded_length(len(self.store.studies[index].frame_index))
+
     def _sample_frames(self, available: int, rng: np.random.Generator | None) -> np.ndarray:
         """Which stored frames to use: evenly spaced; in training at a random offset and stretch."""
         wanted = self.spec.num_frames
@@ -166,7 +187,7 @@ class ExampleBuilder:
         if spec.augment and rng is not None:
             mirror = not names_a_side(self.reports[index], study.findings)
             frames, boxes, sector = augment(frames, boxes, sector, rng, mirror)
-        # Frame numbers within the sampled frames; boxes pushed off the image by a shift are dropped.
+        # Frame numbers within the sampled frames; boxes that crop or shift pushed off the image are dropped.
         box_frames = (
             np.abs(stored[:, None] - sampled[None, :]).argmin(1).astype(np.int32) if len(stored) else stored
         )
@@ -199,7 +220,8 @@ class ExampleBuilder:
         out_boxes[count:end], out_frames[count:end] = grid, grid_frames
         out_labels[count:end], mask[count:end] = grid_labels, True
 
-        frames, frame_mask = pad_frames(frames, spec.num_frames)
+        length = spec.num_frames if rng is None else self.padded_length(index)
+        frames, frame_mask = pad_frames(frames, length)
         example = {
             "frames": frames,
             "frame_mask": frame_mask,
@@ -207,11 +229,9 @@ class ExampleBuilder:
             "box_frames": out_frames,
             "region_labels": out_labels,
             "region_mask": mask,
-            "frame_index": np.pad(
-                np.asarray(study.frame_index, np.int32)[sampled],
-                (0, spec.num_frames - len(sampled)),
-                mode="edge",
-            ),
+            "frame_index": np.asarray(study.frame_index, np.int32)[
+                sampled[np.minimum(np.arange(length), len(sampled) - 1)]
+            ],
             "study": np.asarray(index, np.int32),
         }
         return example, np.arange(num_regions) < count
@@ -230,16 +250,16 @@ class ExampleBuilder:
         partner = self._mismatched(index, rng) if not hidden and rng.random() < 0.5 else index
         report = self._blank if hidden else self.reports[partner]
         masked = mask_report(report, rng, self.tokenizer, self.graph, rate=MASK_RATE, guided=spec.guided)
-        positions = np.flatnonzero(masked.target_mask)[: spec.max_masked_tokens]
-        mlm_mask = np.arange(spec.max_masked_tokens) < len(positions)
-        positions = np.pad(positions, (0, spec.max_masked_tokens - len(positions)))
+        found = np.flatnonzero(masked.target_mask)[: spec.max_masked_tokens]
+        positions = np.zeros(spec.max_masked_tokens, np.int32)
+        positions[: len(found)] = found
         example |= {
             "token_ids": masked.token_ids,
             "token_types": masked.token_types,
             "token_mask": report.token_mask,
-            "mlm_positions": positions.astype(np.int32),
+            "mlm_positions": positions,
             "mlm_targets": masked.targets[positions],
-            "mlm_mask": mlm_mask,
+            "mlm_mask": np.arange(len(positions)) < len(found),
             "mlm_entities": self._entity_of_tokens(report)[positions],
             "report_classes": self._targets[partner]["classes"],
             "report_classes_mask": self._targets[partner]["classes_mask"] & (not hidden),
@@ -324,8 +344,12 @@ def lay_grid(spec: InputSpec, sector: Sequence[float], num_valid: int) -> tuple[
 
 def pad_frames(frames: np.ndarray, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
     """Pads [t, S, S] with zero frames to num_frames; returns it with its frame mask bool [num_frames]."""
-    padded = np.pad(frames, ((0, num_frames - len(frames)), (0, 0), (0, 0)))
-    return padded, np.arange(num_frames) < len(frames)
+    mask = np.arange(num_frames) < len(frames)
+    if mask.all():
+        return frames, mask
+    padded = np.zeros((num_frames, *frames.shape[1:]), frames.dtype)
+    padded[: len(frames)] = frames
+    return padded, mask
 
 
 def entity_statuses(study: Study, graph: KnowledgeGraph) -> dict[str, str]:
@@ -359,39 +383,81 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Intersection over union of boxes a [N, 4] and b [M, 4]: [N, M]."""
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    inter = np.prod(np.maximum(high - low, 0.0), axis=-1)
-    area_a = np.prod(np.maximum(a[:, 2:] - a[:, :2], 0.0), axis=-1)
-    area_b = np.prod(np.maximum(b[:, 2:] - b[:, :2], 0.0), axis=-1)
+    inter, area_a, area_b = (_area(sides) for sides in (high - low, a[:, 2:] - a[:, :2], b[:, 2:] - b[:, :2]))
     return inter / np.maximum(area_a[:, None] + area_b[None] - inter, 1e-9)
+
+
+def _area(sides: np.ndarray) -> np.ndarray:
+    """Product of the two sides [..., 2]; a negative one counts as 0."""
+    return np.maximum(sides[..., 0], 0.0) * np.maximum(sides[..., 1], 0.0)
 
 
 def augment(
     frames: np.ndarray, boxes: np.ndarray, sector: np.ndarray, rng: np.random.Generator, mirror: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ultrasound-safe augmentation, the same for all frames of a clip (speckle itself is left alone).
+    """Ultrasound-safe augmentation, the same for all frames of a clip; speckle is neither smoothed nor made up.
 
-    Gain and gamma through a lookup table that keeps black black, a shift of at most 6 % of the canvas, and,
-    where `mirror` allows, a horizontal flip half of the time.
+    Gain, gamma and a gain over depth, as the sliders of time-gain compensation, change grey levels and keep black
+    black. A crop inside the sector, at least 90 % of its sides, takes the sector's place by repeating pixels;
+    where `mirror` allows, the clip is flipped half of the time; then it is shifted by at most 6 % of the canvas.
+    Findings such as "enlarged" speak of size, so the zoom is kept mild: at most 11 %.
+
+    Args:
+      frames: uint8 [T, S, S]; what lies outside of the sector becomes black.
+      boxes: [N, 4] in [0, 1].
+      sector: [1, 4], the scan sector.
+      rng: source of all choices.
+      mirror: whether left and right may change sides.
+
+    Returns:
+      Frames, boxes and sector (float32), cut to what is seen; a box of which less than 20 % is seen is all zero.
     """
     size = frames.shape[1]
+    low, high = np.rint(sector.reshape(2, 2) * size).astype(np.int64)
+    extent = high - low
+    scale = rng.uniform(SMALLEST_CROP, 1.0)
+    start = rng.random(2) * (1.0 - scale) * extent
+    rows, columns = (
+        low[axis] + (start[axis] + (np.arange(extent[axis]) + 0.5) * scale).astype(np.int64)
+        for axis in (0, 1)
+    )
+    flip = mirror and rng.random() < 0.5
+    shift = rng.integers(-round(0.06 * size), round(0.06 * size) + 1, 2)
+
+    # Corners in pixels go where the pixels go: from the crop to the sector's place, flipped, shifted.
+    moved = (np.concatenate([boxes, sector]).reshape(-1, 2, 2) * size - low - start) / scale + low
+    whole = _area(moved[:, 1] - moved[:, 0])
+    moved = np.clip(moved, low, high)
+    if flip:
+        columns = columns[::-1]
+        low[1], high[1] = size - high[1], size - low[1]
+        moved[..., 1] = size - moved[:, ::-1, 1]
+    low, high = low + shift, high + shift
+    moved = np.clip(moved + shift, 0, size)
+    moved[_area(moved[:, 1] - moved[:, 0]) < LEAST_VISIBLE * whole] = 0.0
+
+    (top, left), (bottom, right) = np.clip((low, high), 0, size)
+    rows, columns = rows[top - low[0] : bottom - low[0]], columns[left - low[1] : right - low[1]]
+    tables = _gain_tables(len(rows), rng)
+    offsets = 256 * np.arange(len(rows))[:, None]
+    out = np.zeros_like(frames)
+    step = max(1, CACHED_PIXELS // size**2)
+    for i in range(0, len(frames), step):
+        seen = frames[i : i + step].take(rows, 1).take(columns, 2)
+        out[i : i + step, top:bottom, left:right] = tables.take(seen + offsets)
+    moved = (moved / size).reshape(-1, 4).astype(np.float32)
+    return out, moved[:-1], moved[-1:]
+
+
+def _gain_tables(num_rows: int, rng: np.random.Generator) -> np.ndarray:
+    """Grey level -> grey level for each row, uint8 [num_rows, 256]: gain and gamma, and a gain over depth."""
     gain, gamma = rng.uniform(0.8, 1.25), rng.uniform(0.8, 1.25)
-    table = np.clip(255.0 * gain * (np.arange(256) / 255.0) ** gamma, 0, 255).astype(np.uint8)
-    frames = table[frames]
-    boxes, sector = boxes.copy(), sector.copy()
-    if mirror and rng.random() < 0.5:
-        frames = frames[:, :, ::-1]
-        for b in (boxes, sector):
-            b[:, [1, 3]] = 1.0 - b[:, [3, 1]]
-    limit = round(0.06 * size)
-    dy, dx = (int(v) for v in rng.integers(-limit, limit + 1, 2))
-    shifted = np.zeros_like(frames)
-    shifted[:, max(dy, 0) : size + min(dy, 0), max(dx, 0) : size + min(dx, 0)] = frames[
-        :, max(-dy, 0) : size + min(-dy, 0), max(-dx, 0) : size + min(-dx, 0)
-    ]
-    for b in (boxes, sector):
-        b += np.asarray([dy, dx, dy, dx], b.dtype) / size
-        np.clip(b, 0.0, 1.0, out=b)
-    return shifted, boxes, sector
+    sliders = rng.uniform(0.88, 1.12, 4)
+    depth_gain = np.interp(np.linspace(0, 3, num_rows), np.arange(4), sliders)
+    table = 255.0 * gain * (np.arange(256) / 255.0) ** gamma
+    tables = np.multiply.outer(depth_gain, table, dtype=np.float32)
+    tables += 0.5
+    return np.minimum(tables, 255, out=tables).astype(np.uint8)
 
 
 def training_batches(
@@ -400,21 +466,103 @@ def training_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-) -> Iterator[dict[str, Any]]:
+    *,
+    length_of: Callable[[int], int] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_workers: int = 0,
+) -> Generator[Example, None, None]:
     """Endless shuffled batches; the content of a batch follows from its step alone.
 
+    It depends on neither the number of processes nor that of workers: the processes' parts of a step, in order,
+    are the batch of a single process. Close the iterator after use: that ends threads and workers.
+
     Args:
-      build: index into the store and a generator -> example.
+      build: index into the store and a generator -> example. It is pickled for workers.
       indices: the training studies.
-      batch_size: clips a batch; may exceed the number of studies (batches then cross epochs).
+      batch_size: clips a batch, of all processes together; may exceed the number of studies (batches then cross
+        epochs).
       seed: order and corruption.
       start_step: first step to deliver: a resumed run continues exactly.
+      length_of: index -> frames of its example (`ExampleBuilder.padded_length`). A batch holds clips of one
+        length; lengths take turns in proportion to their studies, the same in every process. None = all are equal.
+      process_index: which part of each batch to deliver.
+      process_count: how many parts there are.
+      num_workers: processes that build batches; 0 = a thread of this process, enough unless clips are large.
+
+    Raises:
+      ValueError: no study, or a batch that does not divide among the processes.
     """
     indices = np.asarray(indices)
-    dataset = grain.MapDataset.source(indices).seed(seed).shuffle().repeat()
-    dataset = dataset.random_map(lambda index, rng: build(int(index), rng)).batch(batch_size)
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    return iter(dataset[start_step:].to_iter_dataset(options))
+    if not len(indices):
+        raise ValueError("indices is empty; training needs at least one study")
+    if batch_size % process_count or not 0 <= process_index < process_count:
+        raise ValueError(
+            f"batch_size {batch_size}, process_index {process_index}, process_count {process_count}: "
+            "batch_size must be a multiple of process_count, and process_index lie in [0, process_count)"
+        )
+    lengths = np.asarray([length_of(int(i)) if length_of else 0 for i in indices])
+    groups, counts = np.unique(lengths, return_counts=True)
+    parts, local = [], batch_size // process_count
+    for length in groups:
+        # Groups draw their own masks: with the same seed their n-th clips would share theirs.
+        own = seed if len(groups) == 1 else int(np.random.SeedSequence((seed, length)).generate_state(1)[0])
+        part = grain.MapDataset.source(indices[lengths == length]).seed(own).shuffle().repeat()
+        part = part.random_map(lambda index, rng: build(int(index), rng)).batch(local, drop_remainder=True)
+        parts.append(part[process_index::process_count])
+    dataset = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, counts.tolist())
+    dataset = dataset[start_step:]
+    if not num_workers:
+        return _deliver(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain asks for its own flags when it starts a worker
+    resource_tracker.ensure_running()  # or the first worker starts it, which unblocks the signals of `_deliver`
+    # No threads inside of a worker: its process is the one that builds ahead. Only small arrays pass through the
+    # queue: a worker cannot end while more than a pipe holds (64 KiB) waits in it. The others are shared memory.
+    stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    small = grain.experimental.DatasetOptions(min_shm_size=SMALLEST_SHARED)
+    stream = grain.experimental.WithOptionsIterDataset(stream, small)
+    options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+    stream = stream.mp_prefetch(options, worker_init_fn=_prepare_worker)
+    # Copied, so that no segment outlives the next step, however long the batch is kept.
+    return _deliver(stream.map(lambda batch: {name: np.array(value) for name, value in batch.items()}))
+
+
+def _deliver(stream: grain.IterDataset[Example]) -> Generator[Example, None, None]:
+    """Iterates over a stream and closes it at the end.
+
+    Its threads and workers start at the first batch, and inherit that signals are blocked: Ctrl-C reaches a whole
+    group of processes, and is for the training loop to handle, which may still take a batch after it. A worker that
+    died before it has read its data set would leave its parent hanging.
+    """
+    iterator = iter(stream)
+    try:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            first = next(iterator)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield first
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+def _prepare_worker(worker: int, count: int) -> None:
+    """Keeps a worker off the accelerator, and ends it with its parent, however that ends."""
+    del worker, count
+    import jax  # Grain has imported it; no batch needs it
+
+    jax.config.update("jax_platforms", "cpu")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    time.sleep(1)  # by then the queue is full and all its shared memory known to who cleans it up
+    os._exit(1)
 
 
 def evaluation_batches(

@@ -1,6 +1,7 @@
 """Clips at the model's resolution: placement, even selection, boxes that follow, the store on disk."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -151,6 +152,14 @@ def test_a_reopened_store_is_identical_and_reads_no_example(tmp_path, records):
     assert again.studies == first.studies
     np.testing.assert_array_equal(again.pixels, first.pixels)
     np.testing.assert_array_equal(again.offsets, first.offsets)
+
+
+def test_a_pickled_store_maps_its_file_anew(tmp_path, records):
+    store = open_store(tmp_path, records)
+    again = pickle.loads(pickle.dumps(store))
+    assert isinstance(again.pixels, np.memmap) and again.studies == store.studies
+    for index in range(len(store)):
+        np.testing.assert_array_equal(again.frames(index), store.frames(index))
 
 
 def test_other_data_or_sizes_have_their_own_store(tmp_path, records):

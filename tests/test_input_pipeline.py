@@ -1,14 +1,24 @@
 """The input pipeline: frames, augmentation, regions, corruption without leaks, batches that resume."""
 
 import dataclasses
+import gc
 import itertools
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
 
+import grain
 import numpy as np
 import pytest
 
 from dilbert_jax.clips import ClipStore, Study
 from dilbert_jax.input_pipeline import (
+    LEAST_VISIBLE,
     MASK_RATE,
+    SMALLEST_CROP,
     ExampleBuilder,
     InputSpec,
     augment,
@@ -119,24 +129,93 @@ def test_overlap_equals_a_plain_loop(rng):
 
 
 def test_augmentation_moves_boxes_and_sector_with_the_pixels():
-    flipped = moved = 0
-    for seed in range(60):
+    """A bright block in a dim sector stays where its box says, to half a pixel: places fall between pixels."""
+    flipped = moved = enlarged = cut = 0
+    for seed in range(200):
         rng = np.random.default_rng(seed)
-        top, left = rng.integers(3, 16, 2)
+        low, side, extent = np.asarray([[4, 3], [22, 26], [9, 6]])
+        corner = low + rng.integers(0, side - extent + 1)
         frames = np.zeros((3, SIZE, SIZE), np.uint8)
-        frames[:, top : top + 9, left : left + 6] = 200
-        boxes = np.asarray([[top, left, top + 9, left + 6]], np.float32) / SIZE
+        frames[:, 4:26, 3:29] = 60
+        frames[:, corner[0] : corner[0] + 9, corner[1] : corner[1] + 6] = 200
+        boxes = np.concatenate([corner, corner + extent])[None].astype(np.float32) / SIZE
+        sector = np.asarray([[4, 3, 26, 29]], np.float32) / SIZE
         before = boxes.copy()
-        out, new, sector = augment(frames, boxes, boxes.copy(), rng, mirror=True)
+        out, new, new_sector = augment(frames, boxes, sector, rng, mirror=True)
         np.testing.assert_array_equal(boxes, before)
-        rows, columns = np.flatnonzero(out[1].any(1)), np.flatnonzero(out[1].any(0))
-        painted = np.asarray([rows[0], columns[0], rows[-1] + 1, columns[-1] + 1]) / SIZE
-        np.testing.assert_allclose(new[0], painted, atol=1e-6)
-        np.testing.assert_allclose(sector[0], painted, atol=1e-6)
         np.testing.assert_array_equal(out[0], out[2])  # the same for all frames
-        flipped += abs(painted[1] - before[0, 1]) > 0.06 + 1 / SIZE
-        moved += painted[0] != before[0, 0]
-    assert flipped > 10 and moved > 20
+        assert out.dtype == np.uint8 and new.dtype == new_sector.dtype == np.float32
+        for lit, box, atol in ((out[1] > 0, new_sector[0], 1e-6), (out[1] > 110, new[0], 0.5 / SIZE + 1e-6)):
+            rows, columns = np.flatnonzero(lit.any(1)), np.flatnonzero(lit.any(0))
+            painted = np.asarray([rows[0], columns[0], rows[-1] + 1, columns[-1] + 1]) / SIZE
+            np.testing.assert_allclose(box, painted, atol=atol)
+        height, width = (new[0, 2:] - new[0, :2]) * SIZE
+        assert 0 < height <= 9 / SMALLEST_CROP + 1e-3 and 0 < width <= 6 / SMALLEST_CROP + 1e-3
+        flipped += abs(new_sector[0, 1] - sector[0, 1]) > 0.06 + 1 / SIZE
+        flipped += abs(new[0, 1] - before[0, 1]) > 0.2
+        moved += new_sector[0, 0] != sector[0, 0]
+        enlarged += height > 9.2
+        cut += height < 8.8 or width < 5.8
+    assert flipped > 50 and moved > 100 and enlarged > 50 and cut > 10
+
+
+def test_a_sector_of_a_pixel_may_leave_the_canvas(rng):
+    frames = np.full((2, SIZE, SIZE), 90, np.uint8)
+    corner = np.asarray([[0.0, 0.0, 1 / SIZE, 1 / SIZE]])
+    outcomes = {bool(augment(frames, corner, corner, rng, True)[0].any()) for _ in range(60)}
+    assert outcomes == {True, False}
+
+
+def test_a_box_that_is_all_but_cut_away_becomes_empty(rng):
+    frames, sector = np.full((1, SIZE, SIZE), 90, np.uint8), np.asarray([[0.0, 0.0, 1.0, 1.0]])
+    edge = np.asarray([[0.0, 0.3, 0.06, 0.6], [0.94, 0.3, 1.0, 0.6], [0.0, 0.0, 1.0, 1.0]])
+    seen = np.stack([augment(frames, edge, sector, rng, False)[1] for _ in range(300)])
+    size = np.prod(seen[..., 2:] - seen[..., :2], axis=-1)
+    assert (size[:, :2] == 0).any(0).all() and not (size[:, 2] == 0).any()
+    assert not ((size > 0) & (size < LEAST_VISIBLE * 0.06 * 0.3)).any()
+
+
+def test_augmentation_repeats_pixels_and_mixes_none():
+    """Rows and columns coded in the grey levels come out in order, each at most twice in a row."""
+    code = np.arange(SIZE)[None, :] * 3 + 100
+    frames = np.stack([np.broadcast_to(code.T, (SIZE, SIZE)), np.broadcast_to(code, (SIZE, SIZE))])
+    whole, none = np.asarray([[0.0, 0.0, 1.0, 1.0]]), np.zeros((0, 4))
+    for seed in range(30):
+        out, _, sector = augment(frames.astype(np.uint8), none, whole, np.random.default_rng(seed), True)
+        top, left, bottom, right = np.rint(sector[0] * SIZE).astype(int)
+        by_row, by_column = out[:, top:bottom, left:right].astype(int)
+        assert (by_row == by_row[:, :1]).all()  # one source row, one gain
+        steps = np.diff(by_column, axis=1) * np.sign(by_column[0, -1] - by_column[0, 0])
+        assert (steps >= 0).all()
+        same = np.diff(by_column[np.argmin(by_column.max(1))]) == 0
+        assert not (same[1:] & same[:-1]).any() and same.mean() < 0.15
+
+
+def test_speckle_stays_as_coarse_and_as_strong(rng):
+    """Fully developed speckle keeps its contrast and is not smoothed (bilinear zoom would correlate neighbours)."""
+    frames = np.minimum(rng.rayleigh(40, (2, 64, 64)), 255).astype(np.uint8)
+    whole, none = np.asarray([[0.0, 0.0, 1.0, 1.0]]), np.zeros((0, 4))
+    for seed in range(20):
+        out, _, sector = augment(frames, none, whole, np.random.default_rng(seed), True)
+        top, left, bottom, right = np.rint(sector[0] * 64).astype(int)
+        seen = out[:, top:bottom, left:right].astype(float)
+        contrast = seen.std(axis=(0, 2)) / seen.mean(axis=(0, 2))  # of each depth; gamma changes it
+        assert 0.75 * 0.52 < contrast.mean() < 1.3 * 0.52
+        flat = seen - seen.mean(axis=(0, 2), keepdims=True)
+        assert (flat[:, :, 1:] * flat[:, :, :-1]).mean() / flat.var() < 0.15
+
+
+def test_the_gain_over_depth_is_smooth_and_the_same_along_a_row(rng):
+    frames, whole = np.full((1, 64, 64), 120, np.uint8), np.asarray([[0.0, 0.0, 1.0, 1.0]])
+    spread = []
+    for _ in range(40):
+        out, _, sector = augment(frames, np.zeros((0, 4)), whole, rng, True)
+        top, left, bottom, right = np.rint(sector[0] * 64).astype(int)
+        seen = out[0, top:bottom, left:right].astype(int)
+        assert (seen == seen[:, :1]).all()
+        assert np.abs(np.diff(seen[:, 0])).max() <= 4
+        spread.append(np.ptp(seen[:, 0]) / seen.mean())
+    assert np.median(spread) > 0.02 and max(spread) < 0.3
 
 
 def test_augmentation_keeps_black_black_and_changes_the_gain(rng):
@@ -495,6 +574,219 @@ def test_a_resumed_stream_equals_the_tail_of_the_uninterrupted_one(builder):
 def test_a_batch_may_exceed_the_number_of_studies(builder):
     batch = next(training_batches(builder.annotation, [4, 6], 5, seed=0))
     assert len(batch["frames"]) == 5 and set(batch["study"]) == {4, 6}
+
+
+def test_one_group_is_the_plain_shuffled_stream(builder):
+    """What runs of earlier versions saw: a resumed run must not change its order."""
+    indices = np.asarray([0, 2, 3, 5, 7, 8, 11])
+    plain = grain.MapDataset.source(indices).seed(3).shuffle().repeat()
+    plain = plain.random_map(lambda index, rng: builder.pretraining(int(index), rng)).batch(4)
+    for length_of in (None, lambda index: 9):
+        batches = training_batches(builder.pretraining, indices, 4, seed=3, length_of=length_of)
+        for i in range(5):
+            assert_same(next(batches), plain[i])
+
+
+BUCKETS = {"num_frames": 6, "frame_buckets": (2, 4)}
+
+
+@pytest.fixture(scope="module")
+def bucket_builder():
+    """Clips of 1 to 9 frames, six in each of three lengths."""
+    counts = [1, 2, 3, 4, 5, 9] * 3
+    return make_builder([make_study(i, frame_index=tuple(range(n))) for i, n in enumerate(counts)], **BUCKETS)
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+@pytest.mark.parametrize("start", [0, 3])
+def test_parts_of_the_processes_make_up_the_batch_of_one(bucket_builder, buckets, start):
+    builder = bucket_builder if buckets else make_builder()
+    length_of = builder.padded_length if buckets else None
+
+    def take(**part):
+        return itertools.islice(
+            training_batches(
+                builder.pretraining, range(11), 8, 5, start_step=start, length_of=length_of, **part
+            ),
+            5,
+        )
+
+    expected = list(take())
+    for count in (1, 2, 4, 8):
+        parts = [take(process_index=i, process_count=count) for i in range(count)]
+        for whole, *pieces in zip(expected, *parts, strict=True):
+            assert all(len(piece["study"]) == 8 // count for piece in pieces)
+            assert_same({name: np.concatenate([p[name] for p in pieces]) for name in whole}, whole)
+
+
+@pytest.mark.parametrize("part", [(0, 3), (2, 2), (-1, 2)])
+def test_a_batch_must_divide_among_the_processes(builder, part):
+    index, count = part
+    with pytest.raises(ValueError, match=f"process_index {index}, process_count {count}"):
+        training_batches(builder.pretraining, [0, 1], 8, 0, process_index=index, process_count=count)
+    with pytest.raises(ValueError, match="indices is empty"):
+        training_batches(builder.pretraining, [], 8, 0)
+
+
+def test_examples_are_padded_to_their_own_bucket_in_training_alone(bucket_builder):
+    builder, spec = bucket_builder, bucket_builder.spec
+    for index, study in enumerate(builder.store.studies):
+        count = min(len(study.frame_index), 6)
+        length = builder.padded_length(index)
+        assert length == {1: 2, 2: 2, 3: 4, 4: 4, 5: 6, 6: 6}[count]
+        example = builder.pretraining(index, np.random.default_rng(index))
+        assert example["frames"].shape == (length, SIZE, SIZE)
+        assert example["frame_mask"].tolist() == [True] * count + [False] * (length - count)
+        assert len(example["frame_index"]) == length and not example["frames"][count:].any()
+        steps = length // spec.frames_per_step
+        for name in ("description_target", "description_zeroed"):
+            assert example[name].shape == (steps,)
+        assert example["box_frames"].max() < count
+        assert builder.annotation(index, np.random.default_rng(0))["frames"].shape[0] == length
+        for kind in (builder.pretraining, builder.annotation):
+            assert len(kind(index, np.random.default_rng(0), train=False)["frames"]) == spec.num_frames
+    shuffled = dataclasses.replace(spec, shuffle=True)
+    other = ExampleBuilder(builder.store, builder.labels, shuffled, builder.tokenizer, GRAPH)
+    assert len(other.pretraining(0, np.random.default_rng(0))["description_order"]) == 1
+
+
+def test_lengths_take_turns_in_proportion_to_their_studies(bucket_builder):
+    builder = bucket_builder
+    indices = [i for i in range(18) if builder.padded_length(i) != 4 or i < 4]  # 6, 2 and 6 studies
+    stream = training_batches(builder.pretraining, indices, 4, seed=1, length_of=builder.padded_length)
+    whole = list(itertools.islice(stream, 42))
+    lengths = [batch["frames"].shape[1] for batch in whole]
+    assert [lengths.count(n) for n in (2, 4, 6)] == [18, 6, 18]
+    assert {n: lengths[:7].count(n) for n in (2, 4, 6)} == {2: 3, 4: 1, 6: 3}
+    for batch in whole:
+        assert {builder.padded_length(i) for i in batch["study"]} == {batch["frames"].shape[1]}
+    # All studies are seen equally often (42 batches of 4 clips of 14 studies), the small group across epochs.
+    seen = np.concatenate([batch["study"] for batch in whole])
+    assert {int(i): n for i, n in zip(*np.unique(seen, return_counts=True), strict=True)} == dict.fromkeys(
+        indices, 12
+    )
+    for start in (1, 9):
+        tail = training_batches(
+            builder.pretraining, indices, 4, 1, start_step=start, length_of=builder.padded_length
+        )
+        for batch, expected in zip(itertools.islice(tail, 6), whole[start:], strict=False):
+            assert_same(batch, expected)
+
+
+# --- worker processes -----------------------------------------------------------------------------------
+
+
+def on_disk(builder, folder):
+    """The same builder with its pixels in a file, as `open_clip_store` maps them."""
+    np.save(folder / "pixels.npy", builder.store.pixels)
+    pixels = np.load(folder / "pixels.npy", mmap_mode="r")
+    store = dataclasses.replace(builder.store, pixels=pixels)
+    return ExampleBuilder(store, builder.labels, builder.spec, builder.tokenizer, GRAPH)
+
+
+def test_a_store_travels_without_its_pixels(tmp_path, builder, monkeypatch):
+    many = dataclasses.replace(builder.store, pixels=np.repeat(builder.store.pixels, 20, axis=0))
+    monkeypatch.chdir(tmp_path)
+    np.save("pixels.npy", many.pixels)
+    mapped = dataclasses.replace(many, pixels=np.load("pixels.npy", mmap_mode="r"))
+    sent = pickle.dumps(mapped)
+    assert len(sent) < 20_000 < mapped.pixels.nbytes
+    monkeypatch.chdir("/")  # the path does not depend on where the worker starts
+    again = pickle.loads(sent)
+    assert isinstance(again.pixels, np.memmap) and again.studies == mapped.studies
+    np.testing.assert_array_equal(again.frames(3), mapped.frames(3))
+    with pytest.raises(ValueError, match="read-only"):
+        again.pixels[0] = 0
+    plain = pickle.loads(pickle.dumps(builder.store))
+    np.testing.assert_array_equal(plain.pixels, builder.store.pixels)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_build_the_same_batches_in_the_same_order(tmp_path, bucket_builder, num_workers):
+    builder = on_disk(bucket_builder, tmp_path)
+    arguments = (builder.pretraining, range(18), 6, 2)
+    options = {"start_step": 1, "length_of": builder.padded_length, "process_index": 1, "process_count": 2}
+    batches = training_batches(*arguments, **options, num_workers=num_workers)
+    for batch, expected in zip(
+        itertools.islice(batches, 7), training_batches(*arguments, **options), strict=False
+    ):
+        assert_same(batch, expected)
+        assert all(type(a) is np.ndarray and a.dtype == expected[n].dtype for n, a in batch.items())
+    assert len(multiprocessing.active_children()) == num_workers
+    if num_workers == 1:
+        batches.close()
+    else:  # dropped without a word
+        del batches
+        gc.collect()
+    assert not multiprocessing.active_children()
+
+
+def describe_worker(index, rng):
+    import jax
+    from jax._src import xla_bridge
+
+    return {
+        "process": np.asarray(os.getpid()),
+        "backend": np.asarray(xla_bridge.backends_are_initialized()),
+        "platform": np.asarray(jax.config.jax_platforms == "cpu"),
+        "blocks": np.asarray(
+            len({signal.SIGINT, signal.SIGTERM} & signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        ),
+    }
+
+
+def test_a_worker_leaves_the_accelerator_alone():
+    batches = training_batches(describe_worker, range(3), 3, 0, num_workers=1)
+    batch = next(batches)
+    batches.close()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert set(batch["process"]) != {os.getpid()}
+    assert not batch["backend"].any() and batch["platform"].all() and (batch["blocks"] == 2).all()
+
+
+def fail(index, rng):
+    raise OSError(f"study {index} is broken")
+
+
+def test_a_worker_passes_its_error_on():
+    batches = training_batches(fail, [4], 2, 0, num_workers=1)
+    with pytest.raises(OSError, match="study 4 is broken"):
+        next(batches)
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
+USER_OF_WORKERS = """
+from test_input_pipeline import make_builder, training_batches
+
+if __name__ == "__main__":
+    for batch in training_batches(make_builder().pretraining, range(12), 8, 0, num_workers=2):
+        print("ready", flush=True)
+"""
+
+
+@pytest.mark.parametrize("end", ["interrupt", "terminate", "kill"])
+def test_no_worker_outlives_its_parent(tmp_path, end):
+    """Ctrl-C reaches the whole group and must end it in order; a parent that dies cannot tell its workers."""
+    (tmp_path / "user.py").write_text(USER_OF_WORKERS, encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "user.py"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    if end == "kill":
+        process.kill()
+    else:
+        os.killpg(process.pid, signal.SIGINT if end == "interrupt" else signal.SIGTERM)
+    # The workers hold the pipe too: it ends with the last of them.
+    _, errors = process.communicate(timeout=90)
+    if end == "interrupt":
+        assert errors.decode().count("Traceback") == 1 and b"KeyboardInterrupt" in errors
+        assert process.returncode == -signal.SIGINT
 
 
 def test_evaluation_covers_every_study_once(builder):

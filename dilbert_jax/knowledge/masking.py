@@ -84,8 +84,7 @@ def mask_report(
     """
     if not 0 < rate <= 1:
         raise ValueError(f"rate is {rate}; expected a share in (0, 1]")
-    special = np.asarray(sorted(tokenizer.special_ids), np.int32)
-    maskable = encoded.token_mask & ~np.isin(encoded.token_ids, special)
+    maskable = encoded.token_mask & tokenizer.is_ordinary[encoded.token_ids]
     available = np.flatnonzero(maskable)
     budget = max(1, round(rate * available.size)) if available.size else 0
     target_mask = np.zeros(encoded.token_ids.shape, bool)
@@ -101,7 +100,7 @@ def mask_report(
     token_ids = encoded.token_ids.copy()
     positions = np.flatnonzero(target_mask)
     draws = rng.random(positions.size)
-    ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size, dtype=np.int32), special)
+    ordinary = np.flatnonzero(tokenizer.is_ordinary)
     replacements = rng.choice(ordinary, positions.size) if positions.size else ordinary[:0]
     token_ids[positions] = np.where(
         draws < 0.8, tokenizer.mask_id, np.where(draws < 0.9, replacements, token_ids[positions])

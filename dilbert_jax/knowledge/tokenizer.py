@@ -71,6 +71,8 @@ class ReportTokenizer:
             raise ValueError(f"{source}: holds special tokens only; add word pieces")
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (ids[t] for t in SPECIAL_TOKENS)
         self.special_ids = frozenset(ids[token] for token in SPECIAL_TOKENS)
+        # bool [vocab_size]
+        self.is_ordinary = ~np.isin(np.arange(len(self.vocabulary)), list(self.special_ids))
         self.lowercase = lowercase
         self._tokenizer = _bert(WordPiece(ids, unk_token=UNK), lowercase)
 
