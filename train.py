@@ -18,6 +18,10 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives; default runs/<name of the experiment file>."
 )
 
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "One of several processes that train together (docs/scaling.md)."
+)
+
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
@@ -34,6 +38,8 @@ def main(argv: list[str]) -> None:
 
     started = time.monotonic()
     try:
+        if _DISTRIBUTED.value:
+            run.join_processes()
         report = run.train_and_report(config, workdir, command="python " + " ".join(sys.argv))
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command to continue")

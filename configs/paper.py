@@ -3,7 +3,7 @@
 python train.py --config=configs/paper.py --config.data.manual_dir=EXPORT --workdir=runs/paper
 
 12 blocks, 768 hidden, 12 heads, SGD with rate 0.24, 800 epochs, tasks weighted 1 each, on a hospital's own export (the
-paper's set is private). Two networks of 190 M parameters: not meant for a CPU, where one step of 2 clips takes
+paper's set is private). Two networks of 330 M parameters: not meant for a CPU, where one step of 2 clips takes
 minutes. What rate 0.24 does is in docs/results/ablation.md.
 """
 

@@ -44,6 +44,7 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     data.split_seed = 0
     data.size = 64  # side of the square input, pixels
     data.num_frames = 12  # frames a clip is sampled to
+    data.frame_buckets = ()  # lengths to pad shorter clips to, ascending, e.g. (4,); num_frames is one anyway
     data.stored_frames = 48  # frames kept a clip at this size (random sampling draws from them)
     data.grid_scales = (1, 3)  # region grid: boxes per side of each scale
     data.grid_steps = 2  # times across the clip at which the grid is laid
@@ -70,6 +71,10 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     )
     model.region_bins = 2
     model.tnt_mode = "stack"  # or "add_resized", as the public ActBERT code (D5)
+    model.remat = (
+        "none"  # "dots" or "full": compute again in the backward pass instead of keeping (less memory)
+    )
+    model.unroll = 0  # blocks a step of the compiled loop over blocks; 0 = all on CPU, one elsewhere
     model.dtype = "float32"
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
@@ -103,6 +108,8 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
 
     config.train = train = ml_collections.ConfigDict()
     train.batch_size = 32
+    train.num_micro_batches = 1  # > 1: a batch goes through the networks in so many parts (less memory)
+    train.relate_micro_batches = True  # relational losses over the whole batch, at one more forward pass
     train.teacher_epochs = 10.0
     train.student_epochs = 10.0
     train.entity_weights = (
@@ -118,6 +125,12 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     train.log_every_steps = 10
     train.checkpoint_every_seconds = 30.0
     train.evaluate_after = True
+
+    # How a run is spread over a machine; it may continue on another.
+    config.mesh = mesh = ml_collections.ConfigDict()
+    mesh.fsdp = 1  # devices that share parameters and optimizer state
+    mesh.tensor = 1  # devices that share heads and feed-forward layers; all others split the batch
+    mesh.num_workers = 0  # processes that prepare batches; 0 = a thread
 
     config.evaluate = evaluate = ml_collections.ConfigDict()
     evaluate.mask_repeats = 3  # masked copies of each test clip for the pre-training tasks
@@ -169,7 +182,7 @@ def load_config(path: pathlib.Path) -> ml_collections.ConfigDict:
 def check_config(config: ml_collections.ConfigDict) -> None:
     """Raises `ValueError` naming the first field whose value cannot work."""
     # Here, not above: flags are checked against the defaults before anything heavy is imported.
-    from dilbert_jax.models.dilbert import MDC_TARGETS, VIDEO_ENCODERS, frames_per_step
+    from dilbert_jax.models.dilbert import MDC_TARGETS, REMAT_POLICIES, VIDEO_ENCODERS, frames_per_step
 
     data, model, train = config.data, config.model, config.train
 
@@ -230,15 +243,26 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     need(config.loss.mdc_target in MDC_TARGETS, "loss.mdc_target", f"choose one of {', '.join(MDC_TARGETS)}")
     frames = frames_per_step(model.video, model.stem_patch)
     need(data.num_frames % frames == 0, "data.num_frames", f"must be divisible by {frames}, frames a step")
+    need(
+        list(data.frame_buckets) == sorted({b for b in data.frame_buckets if 0 < b <= data.num_frames})
+        and all(b % frames == 0 for b in data.frame_buckets),
+        "data.frame_buckets",
+        f"lengths in ascending order, divisible by {frames}, at most data.num_frames",
+    )
+    need(
+        len({*data.frame_buckets, data.num_frames}) <= 3,
+        "data.frame_buckets",
+        "each length is compiled by itself: at most 3 with data.num_frames",
+    )
     if model.video == "small":
         patch = model.stem_patch
-        cells = 2 ** len(model.channels)  # the last map keeps at least 2 x 2 cells
+        cells = 2 ** (len(model.channels) - 1)
         need(patch[1] == patch[2], "model.stem_patch", "rows and columns must be equal on a square input")
         need(
-            data.size % patch[1] == 0 and data.size // patch[1] % cells == 0,
+            data.size % (patch[1] * cells) == 0 and data.size >= 2 * patch[1] * cells,
             "data.size",
-            f"must be a multiple of {patch[1] * cells}: model.stem_patch times 2 for each of "
-            f"{len(model.channels)} stages",
+            f"must be a multiple of {patch[1] * cells}, model.stem_patch times 2 for each of "
+            f"{len(model.channels)} stages but the first, and at least twice that",
         )
     else:
         need(data.size >= 32, "data.size", "r3d_18 divides height and width by 16: need at least 32")
@@ -252,6 +276,16 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     need(data.folds == 0 or data.folds >= 3, "data.folds", "0 (the set's own splits) or at least 3")
     need(data.folds == 0 or 0 <= data.fold < data.folds, "data.fold", f"must lie in [0, {data.folds})")
     need(train.batch_size >= 2, "train.batch_size", "relations between samples need at least 2")
+    need(
+        train.num_micro_batches > 0 and train.batch_size % train.num_micro_batches == 0,
+        "train.num_micro_batches",
+        f"must divide train.batch_size, {train.batch_size}",
+    )
+    need(model.remat in REMAT_POLICIES, "model.remat", f"choose one of {', '.join(REMAT_POLICIES)}")
+    need(0 <= model.unroll <= model.num_layers, "model.unroll", f"must lie in [0, {model.num_layers}]")
+    positive("mesh.fsdp", "mesh.tensor")
+    need(config.mesh.num_workers >= 0, "mesh.num_workers", "must not be negative")
+    need(model.num_heads % config.mesh.tensor == 0, "mesh.tensor", f"must divide {model.num_heads} heads")
     need(config.optimizer.name in ("sgd", "adamw"), "optimizer.name", "choose 'sgd' or 'adamw'")
     need(
         config.loss.reduction in ("mean", "mean_valid", "sum"),

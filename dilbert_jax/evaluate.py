@@ -26,7 +26,7 @@ from dilbert_jax.input_pipeline import evaluation_batches
 from dilbert_jax.report import render_report
 from dilbert_jax.training.log import read_metrics
 from dilbert_jax.training.loop import network_names, network_params
-from dilbert_jax.training.step import pretraining_forward, task_masks, task_targets
+from dilbert_jax.training.step import device_entries, pretraining_forward, task_masks, task_targets
 
 Decisions = dict[str, dict[str, Any]]
 SCHEMA = "dilbert-jax/evaluation/1"
@@ -134,7 +134,7 @@ def _pretraining_tasks(experiment: Experiment, params: Any, indices: np.ndarray)
         experiment.builder.pretraining, indices, BATCH_SIZE, seed=7, repeats=config.evaluate.mask_repeats
     )
     for batch, real in batches:
-        inputs = {k: jnp.asarray(v) for k, v in batch.items() if k not in ("study", "frame_index")}
+        inputs = {k: jnp.asarray(v) for k, v in device_entries(batch).items()}
         logits = jax.device_get(forward(params, inputs))
         masks = {
             k: np.asarray(v) & real.reshape(-1, *[1] * (v.ndim - 1))

@@ -94,6 +94,7 @@ def make_context(
         shuffle=config.loss.order > 0,
         report_dropout=data.report_dropout,
         augment=data.augment,
+        frame_buckets=tuple(data.frame_buckets),
     )
     fields: dict[str, Any] = {
         name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in config.model.items()
@@ -207,7 +208,7 @@ def check_same_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) 
     old = load_config(workdir / "config.json").to_dict()
     old, new = json.loads(json.dumps(old)), json.loads(json.dumps(config.to_dict()))
     differences = []
-    for section in sorted({*old, *new}):
+    for section in sorted({*old, *new} - {"mesh"}):
         a, b = old.get(section), new.get(section)
         if isinstance(a, dict) and isinstance(b, dict):
             differences += [f"{section}.{f}: {a.get(f)!r} -> {b.get(f)!r}" for f in a if a.get(f) != b.get(f)]

@@ -23,12 +23,16 @@ def as_loss_dtype(values: jax.Array) -> jax.Array:
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
-def masked_mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def masked_mean(
+    values: jax.Array, mask: jax.Array | None = None, count: jax.Array | int | None = None
+) -> jax.Array:
     """Mean of the valid values; exactly 0, with zero gradient, where none is valid.
 
     Args:
         values: [...], any shape. What stands at an invalid position is ignored, NaN included.
         mask: bool of the same shape, True = valid; None = all valid.
+        count: what the sum is divided by, where these values are a part of all valid ones: the results of the parts
+            then add up to the mean of all. None = the valid values at hand.
 
     Returns:
         Scalar, float32 at least.
@@ -38,14 +42,14 @@ def masked_mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """
     values = as_loss_dtype(jnp.asarray(values))
     if mask is None:
-        return values.sum() / max(values.size, 1)
+        mask = jnp.ones(values.shape, bool)
     if mask.shape != values.shape:
         raise ValueError(
             f"mask has shape {mask.shape}, but the values have {values.shape}; they must be equal."
         )
     valid = mask.astype(bool)
     total = jnp.where(valid, values, 0).sum()
-    return total / jnp.maximum(valid.sum(), 1).astype(values.dtype)
+    return total / jnp.maximum(valid.sum() if count is None else count, 1).astype(values.dtype)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -158,6 +162,7 @@ def response_loss(
     *,
     temperature: float = 1.0,
     mask: jax.Array | None = None,
+    count: jax.Array | int | None = None,
 ) -> jax.Array:
     """Response distillation of a multi-class head, equation (3): KL(teacher || student).
 
@@ -166,6 +171,7 @@ def response_loss(
         teacher_logits: [..., C], the peer's; no gradient reaches it.
         temperature: both logits are divided by it; > 0.
         mask: bool [...], True = valid; None = all valid.
+        count: as in `masked_mean`.
 
     Returns:
         Scalar, mean over the valid positions (0 if there is none), not multiplied by the squared temperature.
@@ -173,7 +179,8 @@ def response_loss(
     Raises:
         ValueError: shapes do not match.
     """
-    return masked_mean(softmax_divergence(student_logits, teacher_logits, temperature=temperature), mask)
+    divergence = softmax_divergence(student_logits, teacher_logits, temperature=temperature)
+    return masked_mean(divergence, mask, count)
 
 
 def binary_response_loss(
@@ -182,6 +189,7 @@ def binary_response_loss(
     *,
     temperature: float = 1.0,
     mask: jax.Array | None = None,
+    count: jax.Array | int | None = None,
 ) -> jax.Array:
     """Response distillation of a multi-label head, equation (3) with one Bernoulli distribution a class.
 
@@ -190,6 +198,7 @@ def binary_response_loss(
         teacher_logits: [..., C], the peer's; no gradient reaches it.
         temperature: both logits are divided by it; > 0.
         mask: bool [...], True = valid; None = all valid.
+        count: as in `masked_mean`.
 
     Returns:
         Scalar: KL(teacher || student) averaged over the classes, then over the valid positions (0 if none).
@@ -198,7 +207,7 @@ def binary_response_loss(
         ValueError: shapes do not match.
     """
     divergence = bernoulli_divergence(student_logits, teacher_logits, temperature=temperature)
-    return masked_mean(divergence.mean(axis=-1), mask)
+    return masked_mean(divergence.mean(axis=-1), mask, count)
 
 
 def self_distillation_loss(

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from dilbert_jax.losses import as_loss_dtype
+from dilbert_jax.sharding import AXES, constrain, num_devices, platform
 
 Reduction = Literal["mean", "mean_valid", "sum"]
 
@@ -122,9 +123,24 @@ def _squared_distances_of_both(
         )
     if reduction not in ("mean", "mean_valid", "sum"):
         raise ValueError(f"reduction is {reduction!r}; it must be 'mean', 'mean_valid' or 'sum'.")
-    student, teacher = as_loss_dtype(student), jax.lax.stop_gradient(as_loss_dtype(teacher))
+    # Every device relates its samples to all others: it needs all vectors.
+    student = constrain(as_loss_dtype(student))
+    teacher = constrain(jax.lax.stop_gradient(as_loss_dtype(teacher)))
     dtype = jnp.promote_types(student.dtype, teacher.dtype)
     return _squared_distances(student.astype(dtype)), _squared_distances(teacher.astype(dtype))
+
+
+def _share_out(rows):
+    """[N, ...] -> [devices, ceil(N / devices), ...], padded with zeros: each device of the mesh takes its rows."""
+    devices = num_devices()
+    each = -(-len(rows) // devices)
+    rows = jnp.pad(rows, ((0, devices * each - len(rows)), *[(0, 0)] * (rows.ndim - 1)))
+    return constrain(rows.reshape(devices, each, *rows.shape[1:]), AXES)
+
+
+def _gather(shares, number):
+    """Inverse of `_share_out`: [devices, each, ...] -> [number, ...], whole on every device."""
+    return constrain(shares.reshape(-1, *shares.shape[2:])[:number])
 
 
 @jax.custom_vjp
@@ -135,8 +151,10 @@ def _squared_distances(vectors: jax.Array) -> jax.Array:
     def from_one(sample):
         return jnp.square(columns - sample[:, None]).sum(axis=0)
 
-    size = min(len(vectors), max(1, _DIFFERENCES_PER_BLOCK // vectors.size))
-    return jax.lax.map(from_one, vectors, batch_size=size)
+    size = max(1, _DIFFERENCES_PER_BLOCK // vectors.size)
+    shares = _share_out(vectors)
+    size = min(size, shares.shape[1])
+    return _gather(jax.vmap(lambda rows: jax.lax.map(from_one, rows, batch_size=size))(shares), len(vectors))
 
 
 def _squared_distances_forward(vectors):
@@ -149,8 +167,11 @@ def _squared_distances_backward(vectors, gradient):
         sample, weight = inputs
         return total + weight[:, None] * (vectors - sample), None
 
+    def add_share(samples, weights):
+        return jax.lax.scan(add_one, jnp.zeros_like(vectors), (samples, weights))[0]
+
     weights = 2 * (gradient + gradient.T)
-    return (jax.lax.scan(add_one, jnp.zeros_like(vectors), (vectors, weights))[0],)
+    return (constrain(jax.vmap(add_share)(_share_out(vectors), _share_out(weights)).sum(axis=0)),)
 
 
 _squared_distances.defvjp(_squared_distances_forward, _squared_distances_backward)
@@ -189,7 +210,7 @@ def _choose_block_size(number):
     # On CPU one vertex keeps both cores busy and its arrays in cache; an accelerator wants many at once.
     if number <= 64:
         return number
-    return 1 if jax.default_backend() == "cpu" else max(1, _TRIPLES_PER_BLOCK // number**2)
+    return 1 if platform() == "cpu" else max(1, _TRIPLES_PER_BLOCK // number**2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -232,7 +253,7 @@ def _walk_vertices(student_squared, teacher_squared, block_size, distinct, with_
         return loss, opposite, adjacent
 
     def step(carry, block):
-        if block_size == 1:
+        if len(block[0]) == 1:
             loss, opposite, adjacent = at_vertex(*(rows[0] for rows in block))
         else:
             loss, opposite, adjacent = jax.vmap(at_vertex)(*block)
@@ -240,20 +261,26 @@ def _walk_vertices(student_squared, teacher_squared, block_size, distinct, with_
             opposite = opposite.sum(axis=0) if with_gradient else None
         return (carry[0] + loss, carry[1] + opposite if with_gradient else None), adjacent
 
-    count = -(-number // block_size)
+    def walk(*edges):
+        """Sums over the vertices of one device; all edges [n, N]."""
+        size = min(block_size, len(edges[0]))
+        count = -(-len(edges[0]) // size)
+        padding = ((0, count * size - len(edges[0])), (0, 0))
+        blocks = [jnp.pad(rows, padding).reshape(count, size, number) for rows in edges]
+        start = jnp.zeros(number, dtype), jnp.zeros_like(student_squared) if with_gradient else None
+        if count == 1:
+            (loss, opposite), adjacent = step(start, [rows[0] for rows in blocks])
+        else:
+            (loss, opposite), adjacent = jax.lax.scan(step, start, blocks)
+        return loss, opposite, adjacent.reshape(-1, number)[: len(edges[0])] if with_gradient else None
+
+    # Padding vertices, here and in `walk`, have edges of length zero and so add nothing.
     squared = student_squared, teacher_squared
-    edges = [rows for matrix in squared for rows in (matrix, _inverse_lengths(matrix))]
-    # Padding vertices have edges of length zero and so add nothing.
-    padding = ((0, count * block_size - number), (0, 0))
-    blocks = [jnp.pad(rows, padding).reshape(count, block_size, number) for rows in edges]
-    start = jnp.zeros(number, dtype), jnp.zeros_like(student_squared) if with_gradient else None
-    if count == 1:
-        (loss, opposite), adjacent = step(start, [rows[0] for rows in blocks])
-    else:
-        (loss, opposite), adjacent = jax.lax.scan(step, start, blocks)
+    edges = [_share_out(rows) for matrix in squared for rows in (matrix, _inverse_lengths(matrix))]
+    loss, opposite, adjacent = jax.vmap(walk)(*edges)
     if not with_gradient:
         return loss.sum(), None
-    return loss.sum(), opposite + adjacent.reshape(-1, number)[:number]
+    return loss.sum(), constrain(opposite.sum(axis=0)) + _gather(adjacent, number)
 
 
 def _inverse_lengths(squared):

@@ -14,9 +14,10 @@ from dilbert_jax.config import check_config
 from dilbert_jax.evaluate import evaluate
 from dilbert_jax.experiment import check_same_config, open_experiment
 from dilbert_jax.training import loop
+from dilbert_jax.training.checkpoints import sync
 from dilbert_jax.training.loop import NonFiniteLossError
 
-__all__ = ["NonFiniteLossError", "train_and_report", "use_compilation_cache"]
+__all__ = ["NonFiniteLossError", "join_processes", "train_and_report", "use_compilation_cache"]
 _log = logging.getLogger(__name__)
 
 
@@ -27,6 +28,31 @@ def use_compilation_cache() -> None:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def join_processes() -> None:
+    """Makes this process one of several that train together; every one of them runs the same command.
+
+    A cluster's environment (SLURM, Open MPI, Kubernetes, a TPU pod) says who takes part. Elsewhere these variables do:
+    JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    Raises:
+      ValueError: neither does.
+    """
+    settings: dict[str, Any] = {}
+    for name in ("num_processes", "process_id"):
+        text = os.environ.get(f"JAX_{name.upper()}")
+        if text is not None:
+            if not text.isdigit():
+                raise ValueError(f"JAX_{name.upper()} is {text!r}; it must be a whole number")
+            settings[name] = int(text)
+    try:
+        jax.distributed.initialize(**settings)
+    except ValueError as error:
+        raise ValueError(
+            f"--distributed: {error} Start it on a cluster that JAX knows, or set JAX_COORDINATOR_ADDRESS, "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID for each process (docs/scaling.md)"
+        ) from None
 
 
 def train_and_report(config: Any, workdir: pathlib.Path, command: str = "") -> pathlib.Path:
@@ -44,10 +70,24 @@ def train_and_report(config: Any, workdir: pathlib.Path, command: str = "") -> p
         return report
     use_compilation_cache()
     started = time.monotonic()
+    first = jax.process_index() == 0
+    if not first:
+        _log.setLevel(logging.WARNING)
+        sync(
+            "run opened"
+        )  # by the first process; what it prepared is found, or prepared again on another disk
     experiment = open_experiment(config, workdir)
+    if first:
+        sync("run opened")
     _log.info("%s", loop.describe_run(config, experiment))
     loop.train(experiment, workdir)
-    if config.train.evaluate_after:
+    if jax.process_count() > 1:
+        # Evaluation is work for one process, which the others' accelerators need not wait for.
+        if config.train.evaluate_after:
+            _log.info("trained; evaluate on one machine: python eval.py --workdir=%s", workdir)
+        report = workdir / "metrics.jsonl"
+    elif config.train.evaluate_after:
         evaluate(config, workdir, command=command)
-    loop.mark_complete(workdir, time.monotonic() - started)
+    if first:
+        loop.mark_complete(workdir, time.monotonic() - started)
     return report

@@ -426,7 +426,7 @@ def test_absent_graph_and_vocabulary(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "cause"),
     [
-        ("data.size", 63, "must be a multiple of 16"),
+        ("data.size", 63, "must be a multiple of 8"),
         ("data.size", 0, "must be positive"),
         ("data.num_frames", 0, "must be positive"),
         ("data.num_frames", 13, "must be divisible by [0-9], frames a step"),

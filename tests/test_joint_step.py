@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import CONFIG, init_params, make_batch, to_device
+from tiny import CONFIG, NAMES, init_params, make_batch, to_device
 
 from dilbert_jax import losses, relational
 from dilbert_jax.models import Dilbert
@@ -212,3 +212,66 @@ def test_both_networks_and_snapshots_see_the_same_corrupted_batch(networks, batc
         for term in ("response", "self", "distance", "angle"):
             assert abs(float(metrics[f"{name}/{term}"])) < 1e-5
     assert_close(gradient["teacher"], gradient["student"], 1e-6)
+
+
+@pytest.mark.parametrize(("stage", "k"), [("mutual", 4), ("pretraining", 2), ("annotation", 2)])
+def test_micro_batches_add_up_to_the_batch(stage, k):
+    """Every term and gradient: masked means over few, uneven positions and relations between all samples."""
+    batch = make_batch(3, 8)
+    rng = np.random.default_rng(1)
+    for name in (
+        "mlm_mask",
+        "region_target",
+        "description_target",
+        "matched",
+        "classes_mask",
+        "entities_mask",
+    ):
+        batch[name] = rng.random(batch[name].shape) < 0.4
+    batch["organ"][:5] = -1
+    batch = to_device(batch)
+    networks = {name: init_params(i, SMALL) for i, name in enumerate(steps.NETWORKS)}
+    frozen = {name: init_params(i + 2, SMALL) for i, name in enumerate(steps.NETWORKS)}
+    entity_of_region = jnp.asarray([0, 1, -1, 2])
+    masks, vectors, relations = functools.partial(steps.task_masks, config=LOSS), None, None
+    objective = functools.partial(steps.mutual_objective, MODEL, LOSS)
+    if stage == "mutual":
+        vectors = functools.partial(steps.relational_vectors, MODEL, LOSS)
+        relations = functools.partial(steps.relational_terms, LOSS)
+    elif stage == "pretraining":
+
+        def objective(p, f, b, r, *part):
+            return steps.pretraining_objective(MODEL, LOSS, p, f["teacher"], b, r, *part)
+
+    else:
+        masks = functools.partial(steps.annotation_masks, entity_of_region=entity_of_region)
+
+        def objective(p, f, b, r, *part):
+            return steps.annotation_objective(MODEL, LOSS, p, NAMES, entity_of_region, b, r, *part)
+
+    how = steps.Accumulation(k, masks, vectors, relations)
+    whole = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    parts = jax.jit(functools.partial(steps.accumulate, objective, how))
+    (loss, metrics), gradient = whole(networks, frozen, batch, RNG)
+    (other_loss, other_metrics), other_gradient = parts(networks, frozen, batch, RNG)
+    assert metrics.keys() == other_metrics.keys()
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
+    for name in metrics:
+        np.testing.assert_allclose(other_metrics[name], metrics[name], rtol=2e-5, atol=1e-7, err_msg=name)
+    assert_close(other_gradient, gradient, 1e-4)
+
+
+def test_relations_within_micro_batches_are_another_loss():
+    batch = to_device(make_batch(3, 8))
+    networks = {name: init_params(i, SMALL) for i, name in enumerate(steps.NETWORKS)}
+    objective = functools.partial(steps.mutual_objective, MODEL, LOSS)
+    how = steps.Accumulation(2, functools.partial(steps.task_masks, config=LOSS))
+    (_, parts), _ = jax.jit(functools.partial(steps.accumulate, objective, how))(
+        networks, networks, batch, RNG
+    )
+    halves = [{name: x[i::2] for name, x in batch.items()} for i in range(2)]
+    mean = np.mean([objective(networks, networks, half, RNG)[1]["student/angle"] for half in halves])
+    np.testing.assert_allclose(parts["student/angle"], mean, rtol=1e-5)
+    whole = objective(networks, networks, batch, RNG)[1]
+    assert abs(float(parts["student/angle"]) - float(whole["student/angle"])) > 1e-4
+    np.testing.assert_allclose(parts["student/mlm"], whole["student/mlm"], rtol=1e-5)

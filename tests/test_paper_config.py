@@ -14,7 +14,6 @@ from dilbert_jax.config import check_config
 from dilbert_jax.experiment import open_experiment
 from dilbert_jax.input_pipeline import training_batches
 from dilbert_jax.training import step as steps
-from dilbert_jax.training.loop import _on_device
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 pytestmark = pytest.mark.numerics
@@ -44,7 +43,8 @@ def make_update(experiment):
 
 def take(experiment, batch_size):
     builder, indices = experiment.builder, experiment.indices["train"]
-    return _on_device(next(training_batches(builder.pretraining, indices, batch_size, 0)))
+    batch = next(training_batches(builder.pretraining, indices, batch_size, 0))
+    return {name: jnp.asarray(value) for name, value in steps.device_entries(batch).items()}
 
 
 def test_it_builds_at_its_full_batch(experiment):

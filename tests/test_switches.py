@@ -15,6 +15,7 @@ from tiny import CONFIG, A, B, E, M, init_params, make_batch, to_device
 
 from dilbert_jax.config import default_config
 from dilbert_jax.models import Dilbert
+from dilbert_jax.sharding import make_mesh
 from dilbert_jax.training import loop
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -248,7 +249,7 @@ def test_the_student_learns_from_the_teacher_unless_independent(experiment, inde
     config = experiment.context.config.copy_and_resolve_references()
     config.train.independent_student = independent
     changed = dataclasses.replace(experiment, context=dataclasses.replace(experiment.context, config=config))
-    stage = loop._make_stage("student", changed, {"teacher": {"kernel": 1.0}})
+    stage = loop._make_stage("student", changed, {"teacher": {"kernel": 1.0}}, make_mesh())
     assert list(stage.params) == ["student"]
     assert stage.frozen == ({} if independent else {"teacher": {"kernel": 1.0}})
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dilbert_jax.sharding import BATCH, constrain, gathered_dot
+
 Array = jax.Array
 LAYER_NORM_EPSILON = 1e-12
+Dense = functools.partial(nn.Dense, dot_general=gathered_dot())
+# Heads and the feed-forward layer are split over devices; the next layer brings the parts together.
+TO_TENSOR, FROM_TENSOR = gathered_dot(None, "tensor"), gathered_dot("tensor", None)
 
 
 def at_least_float32(dtype: Any) -> Any:
@@ -33,7 +39,8 @@ def attend(query: Array, key: Array, value: Array, mask: Array) -> tuple[Array, 
     valid = mask[:, None, None, :]
     scores = jnp.where(valid, scores, jnp.finfo(dtype).min)
     weights = jnp.where(valid, jax.nn.softmax(scores, axis=-1), 0.0)
-    return jnp.einsum("bnqs,bsnk->bqnk", weights.astype(value.dtype), value), weights
+    context = jnp.einsum("bnqs,bsnk->bqnk", weights.astype(value.dtype), value)
+    return constrain(context, BATCH, None, "tensor"), weights
 
 
 class HeadsProjection(nn.Module):
@@ -47,8 +54,9 @@ class HeadsProjection(nn.Module):
     def __call__(self, x: Array) -> Array:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden size {self.hidden_size} is not divisible by {self.num_heads} heads")
-        y = nn.Dense(self.hidden_size, dtype=self.dtype, name="dense")(x)
-        return y.reshape(*y.shape[:-1], self.num_heads, self.hidden_size // self.num_heads)
+        y = nn.Dense(self.hidden_size, dtype=self.dtype, dot_general=TO_TENSOR, name="dense")(x)
+        y = y.reshape(*y.shape[:-1], self.num_heads, self.hidden_size // self.num_heads)
+        return constrain(y, BATCH, None, "tensor")
 
 
 class FeedForward(nn.Module):
@@ -63,10 +71,13 @@ class FeedForward(nn.Module):
     def __call__(self, residual: Array, context: Array, deterministic: bool) -> Array:
         """residual [B, S, D], context [B, S, N, K] -> [B, S, D]."""
         context = context.reshape(*context.shape[:-2], context.shape[-2] * context.shape[-1])
-        y = nn.Dense(self.hidden_size, dtype=self.dtype, name="attention_output")(context)
+        y = nn.Dense(self.hidden_size, dtype=self.dtype, dot_general=FROM_TENSOR, name="attention_output")(
+            context
+        )
         y = nn.Dropout(self.dropout)(y, deterministic=deterministic)
         x = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="attention_norm")(residual + y)
-        y = nn.Dense(self.ffn_size, dtype=self.dtype, name="intermediate")(x)
-        y = nn.Dense(self.hidden_size, dtype=self.dtype, name="output")(nn.gelu(y, approximate=False))
+        y = nn.Dense(self.ffn_size, dtype=self.dtype, dot_general=TO_TENSOR, name="intermediate")(x)
+        y = nn.gelu(constrain(y, BATCH, None, "tensor"), approximate=False)
+        y = nn.Dense(self.hidden_size, dtype=self.dtype, dot_general=FROM_TENSOR, name="output")(y)
         y = nn.Dropout(self.dropout)(y, deterministic=deterministic)
-        return nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="output_norm")(x + y)
+        return constrain(nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="output_norm")(x + y), BATCH)

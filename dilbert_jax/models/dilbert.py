@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from dilbert_jax.models.attention import LAYER_NORM_EPSILON, at_least_float32
+from dilbert_jax.models.attention import LAYER_NORM_EPSILON, Dense, at_least_float32
 from dilbert_jax.models.conv3d import VideoEncoder
 from dilbert_jax.models.embeddings import (
     NUM_TOKEN_TYPES,
@@ -20,13 +20,15 @@ from dilbert_jax.models.embeddings import (
     RegionEmbedding,
 )
 from dilbert_jax.models.heads import ClassHead, MatchHead, Pooler, Transform
-from dilbert_jax.models.r3d import R3D18, TEMPORAL_STRIDE
+from dilbert_jax.models.r3d import FRAME_MEAN, FRAME_STD, R3D18, TEMPORAL_STRIDE
 from dilbert_jax.models.regions import pool_regions
 from dilbert_jax.models.tangled import TangledBlock
+from dilbert_jax.sharding import BATCH, constrain, platform
 
 Array = jax.Array
 MDC_TARGETS = ("description", "entity")
 VIDEO_ENCODERS = ("small", "r3d_18")
+REMAT_POLICIES = ("none", "dots", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,9 @@ class DilbertConfig:
       mdc_target: what MDC classifies (D9): "description", the clip's classes at masked temporal steps, or "entity", the
         concept that each masked word piece belongs to.
       order: there is a head that tells shuffled description tokens from those in order (D9).
+      remat: what the backward pass computes again instead of keeping it: "none", "dots" (all but the products with
+        weights) or "full" (whole blocks).
+      unroll: how many blocks the compiled loop over blocks holds; 0 = all on CPU, one elsewhere.
       dtype: compute dtype name; parameters, softmax and losses stay float32.
     """
 
@@ -70,6 +75,8 @@ class DilbertConfig:
     temporal_position: bool = True
     mdc_target: str = "description"
     order: bool = False
+    remat: str = "none"
+    unroll: int = 0
     dtype: str = "float32"
 
 
@@ -101,7 +108,7 @@ class Encoded:
 
 def normalize_frames(frames: Array, frame_mask: Array, dtype: Any = jnp.float32) -> Array:
     """Scales uint8 [B, T, H, W] to about zero mean and unit variance; padded frames become zero."""
-    x = (frames.astype(dtype) / 255.0 - 0.2) / 0.2
+    x = (frames.astype(dtype) / 255.0 - FRAME_MEAN) / FRAME_STD
     return jnp.where(frame_mask[:, :, None, None], x, 0.0)
 
 
@@ -117,6 +124,8 @@ class Dilbert(nn.Module):
             raise ValueError(f"MDC target is {c.mdc_target!r}; choose one of {', '.join(MDC_TARGETS)}")
         if c.video not in VIDEO_ENCODERS:
             raise ValueError(f"3-D CNN is {c.video!r}; choose one of {', '.join(VIDEO_ENCODERS)}")
+        if c.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat is {c.remat!r}; choose one of {', '.join(REMAT_POLICIES)}")
         self.video: nn.Module
         if c.video == "r3d_18":
             self.video = R3D18(dtype=dtype)
@@ -127,10 +136,7 @@ class Dilbert(nn.Module):
             c.hidden_size, c.max_steps, c.dropout, dtype, c.temporal_position
         )
         self.region_embedding = RegionEmbedding(c.hidden_size, c.dropout, dtype)
-        self.layers = [
-            TangledBlock(c.hidden_size, c.num_heads, c.ffn_size, c.dropout, dtype, c.tnt_mode)
-            for _ in range(c.num_layers)
-        ]
+        self.layers = [self._block() for _ in range(c.num_layers)]
         self.overview_norm = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=dtype)
         self.pool_entity = Pooler(c.hidden_size, dtype)
         self.pool_description = Pooler(c.hidden_size, dtype)
@@ -139,7 +145,7 @@ class Dilbert(nn.Module):
         self.mlm_bias = self.param("mlm_bias", nn.initializers.zeros, (c.vocab_size,))
         self.mdc = ClassHead(c.hidden_size, c.num_classes, dtype)
         self.moc = ClassHead(c.hidden_size, c.num_region_classes, dtype)
-        self.cmm = nn.Dense(2, dtype=at_least_float32(dtype), kernel_init=nn.initializers.normal(0.02))
+        self.cmm = Dense(2, dtype=at_least_float32(dtype), kernel_init=nn.initializers.normal(0.02))
         if c.mdc_target == "entity":
             self.mdc_entity = ClassHead(c.hidden_size, c.num_entities, dtype)
         if c.order:
@@ -184,6 +190,7 @@ class Dilbert(nn.Module):
         # R3D-18 halves time thrice and needs to know the valid frames in between.
         video_mask = frame_mask if c.video == "r3d_18" else step_mask
         features = self.video(normalize_frames(frames, frame_mask, wide), video_mask)  # [B, A, H', W', C]
+        features = constrain(features, BATCH)
 
         # The mean says what a step is like, the maximum keeps what shows in a small place.
         description = jnp.concatenate(
@@ -208,13 +215,12 @@ class Dilbert(nn.Module):
             "description": self.description_embedding(description, deterministic),
             "region": self.region_embedding(region, boxes, times, deterministic),
         }
+        streams = {name: constrain(x, BATCH) for name, x in streams.items()}
         # Both sides of the matching keep a view that has not met the other: the named entities as they stand in the
         # report, and the 3-D CNN's overview. What the blocks mix follows the report, also where it is the wrong one.
         named = _mean_by_type(streams["entity"], token_types, token_mask)
         masks = {"entity": token_mask, "description": step_mask, "region": region_mask}
-        cross_weights: dict[str, Array] = {}
-        for layer in self.layers:
-            streams, cross_weights = layer(streams, masks, deterministic)
+        streams, cross_weights = self._fuse(streams, masks, deterministic)
         overview = self.overview_norm(_overview(features, step_mask))
         # [CLS] as in BERT, and the maximum: the few words that name organ and disease drown in a mean.
         words = [streams["entity"][:, 0], _max_valid(streams["entity"], token_mask), named]
@@ -227,6 +233,47 @@ class Dilbert(nn.Module):
         }
         fused = pooled["entity"] * pooled["description"] + pooled["entity"] * pooled["region"]
         return Encoded(streams, masks, pooled, fused, overview, cross_weights)
+
+    def _block(self, **fields: Any) -> TangledBlock:
+        c = self.config
+        return TangledBlock(
+            c.hidden_size, c.num_heads, c.ffn_size, c.dropout, jnp.dtype(c.dtype), c.tnt_mode, **fields
+        )
+
+    def _fuse(
+        self, streams: dict[str, Array], masks: dict[str, Array], deterministic: bool
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """The fusion blocks: new streams, and the last block's cross attention.
+
+        A loop over blocks compiles one of them however many there are, but must stack their parameters; XLA:CPU runs
+        it slower than the blocks in a row. Both give the same numbers, dropout included.
+        """
+        c = self.config
+        if self.is_initializing():
+            for layer in self.layers:
+                streams, cross_weights = layer(streams, masks, deterministic)
+            return streams, cross_weights
+        block = self._block(parent=None)
+
+        def run(streams: dict[str, Array], inputs: Any) -> tuple[dict[str, Array], dict[str, Array]]:
+            params, key = inputs
+            rngs = None if key is None else {"dropout": key}
+            fused: Any = block.apply({"params": params}, streams, masks, deterministic, rngs=rngs)
+            return fused
+
+        if c.remat != "none":
+            policy = None if c.remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            run = jax.checkpoint(run, policy=policy, prevent_cse=False)
+        params = [layer.variables["params"] for layer in self.layers]
+        keys = None if deterministic else jax.random.split(self.make_rng("dropout"), c.num_layers)
+        unroll = c.unroll or (c.num_layers if platform() == "cpu" else 1)
+        if unroll < c.num_layers:
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+            streams, weights = jax.lax.scan(run, streams, (stacked, keys), unroll=unroll)
+            return streams, {name: by_layer[-1] for name, by_layer in weights.items()}
+        for i in range(c.num_layers):
+            streams, cross_weights = run(streams, (params[i], None if keys is None else keys[i]))
+        return streams, cross_weights
 
     def pretrain(self, encoded: Encoded, mlm_positions: Array) -> dict[str, Array]:
         """Logits of the four pre-training tasks (PAPER section 4).

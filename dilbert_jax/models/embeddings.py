@@ -8,11 +8,36 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dilbert_jax.models.attention import LAYER_NORM_EPSILON
+from dilbert_jax.models.attention import LAYER_NORM_EPSILON, Dense
 from dilbert_jax.models.regions import region_geometry
+from dilbert_jax.sharding import constrain
 
 Array = jax.Array
 NUM_TOKEN_TYPES = 6  # outside an entity, organ, region, finding, descriptor, condition
+
+
+class Embedding(nn.Module):
+    """A table of vectors, parameter `embedding` [size, D]; devices that share it gather it before they look up."""
+
+    size: int
+    hidden_size: int
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        shape = (self.size, self.hidden_size)
+        self.embedding = self.param("embedding", nn.initializers.normal(0.02), shape)
+
+    def table(self) -> Array:
+        """[size, D], whole on every device."""
+        return constrain(self.embedding.astype(self.dtype))
+
+    def __call__(self, index: Array) -> Array:
+        """int [...] -> [..., D]."""
+        return self.table()[index]
+
+    def attend(self, x: Array) -> Array:
+        """Scores x [..., D] against every vector: [..., size]."""
+        return x.astype(self.dtype) @ self.table().T
 
 
 class EntityEmbedding(nn.Module):
@@ -25,17 +50,16 @@ class EntityEmbedding(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        init = nn.initializers.normal(0.02)
-        self.word = nn.Embed(self.vocab_size, self.hidden_size, embedding_init=init, dtype=self.dtype)
-        self.position = nn.Embed(self.max_tokens, self.hidden_size, embedding_init=init, dtype=self.dtype)
-        self.token_type = nn.Embed(NUM_TOKEN_TYPES, self.hidden_size, embedding_init=init, dtype=self.dtype)
+        self.word = Embedding(self.vocab_size, self.hidden_size, self.dtype)
+        self.position = Embedding(self.max_tokens, self.hidden_size, self.dtype)
+        self.token_type = Embedding(NUM_TOKEN_TYPES, self.hidden_size, self.dtype)
         self.norm = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)
         self.drop = nn.Dropout(self.dropout)
 
     def __call__(self, token_ids: Array, token_types: Array, deterministic: bool = True) -> Array:
         """token_ids, token_types: int32 [B, L] -> [B, L, D]."""
         length = token_ids.shape[1]
-        x = self.word(token_ids) + self.token_type(token_types) + self.position(jnp.arange(length))
+        x = self.word(token_ids) + self.token_type(token_types) + self.position.table()[:length]
         return self.drop(self.norm(x), deterministic=deterministic)
 
     def attend(self, x: Array) -> Array:
@@ -60,11 +84,11 @@ class DescriptionEmbedding(nn.Module):
             raise ValueError(
                 f"{steps} description tokens, but the model holds positions for {self.max_steps}"
             )
-        x = nn.Dense(self.hidden_size, dtype=self.dtype, name="feature")(features)
+        x = Dense(self.hidden_size, dtype=self.dtype, name="feature")(features)
         if self.position:
             init = nn.initializers.normal(0.02)
             position = self.param("position", init, (self.max_steps, self.hidden_size))
-            x = x + position[:steps].astype(self.dtype)
+            x = x + constrain(position.astype(self.dtype))[:steps]
         x = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(x)
         return nn.Dropout(self.dropout)(x, deterministic=deterministic)
 
@@ -80,7 +104,7 @@ class RegionEmbedding(nn.Module):
     def __call__(self, features: Array, boxes: Array, times: Array, deterministic: bool = True) -> Array:
         """features [B, R, F], boxes [B, R, 4], times [B, R] -> [B, R, D]."""
         geometry = region_geometry(boxes, times).astype(self.dtype)
-        x = nn.Dense(self.hidden_size, dtype=self.dtype, name="feature")(features)
-        x = x + nn.Dense(self.hidden_size, dtype=self.dtype, name="geometry")(geometry)
+        x = Dense(self.hidden_size, dtype=self.dtype, name="feature")(features)
+        x = x + Dense(self.hidden_size, dtype=self.dtype, name="geometry")(geometry)
         x = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(x)
         return nn.Dropout(self.dropout)(x, deterministic=deterministic)

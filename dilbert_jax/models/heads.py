@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dilbert_jax.models.attention import LAYER_NORM_EPSILON, at_least_float32
+from dilbert_jax.models.attention import LAYER_NORM_EPSILON, Dense, at_least_float32
 
 Array = jax.Array
 
@@ -25,7 +25,7 @@ class Pooler(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.Dense(self.hidden_size, dtype=self.dtype, name="dense")(x)
+        x = Dense(self.hidden_size, dtype=self.dtype, name="dense")(x)
         return nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(x)
 
 
@@ -37,7 +37,7 @@ class Transform(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.gelu(nn.Dense(self.hidden_size, dtype=self.dtype, name="dense")(x), approximate=False)
+        x = nn.gelu(Dense(self.hidden_size, dtype=self.dtype, name="dense")(x), approximate=False)
         return nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(x)
 
 
@@ -54,7 +54,7 @@ class ClassHead(nn.Module):
         if not self.num_classes:  # a data set without such labels
             return jnp.zeros((*x.shape[:-1], 0), dtype)
         x = Transform(self.hidden_size, self.dtype, name="transform")(x)
-        return nn.Dense(self.num_classes, dtype=dtype, name="logits")(x.astype(dtype))
+        return Dense(self.num_classes, dtype=dtype, name="logits")(x.astype(dtype))
 
 
 class MatchHead(nn.Module):
@@ -84,13 +84,13 @@ class MatchHead(nn.Module):
         query = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="query_norm")(
             names.astype(self.dtype)
         )
-        query = nn.Dense(self.hidden_size, dtype=self.dtype, name="query")(query)
+        query = Dense(self.hidden_size, dtype=self.dtype, name="query")(query)
         bias = self.param("bias", nn.initializers.constant(-2.0), ())
         dtype = at_least_float32(self.dtype)
         scale = 1.0 / jnp.sqrt(jnp.asarray(self.hidden_size, dtype))
         logits = {}
         for name, x in (("frame", description), ("region", region)):
-            key = nn.Dense(self.hidden_size, dtype=self.dtype, name=f"{name}_key")(x)
+            key = Dense(self.hidden_size, dtype=self.dtype, name=f"{name}_key")(x)
             logits[name] = jnp.einsum("ed,bsd->bes", query, key).astype(dtype) * scale + bias
         places = jnp.concatenate([logits["frame"], logits["region"]], axis=-1)
         mask = jnp.concatenate([description_mask, region_mask], axis=-1)[:, None, :]

@@ -29,7 +29,7 @@ def kinetics_channels(frames: Array) -> Array:
     """Turns grey frames of this project's normalization into the three channels that the Kinetics weights expect.
 
     Args:
-      frames: [...], grey values v in [0, 1] as (v - 0.2) / 0.2 (see `normalize_frames`).
+      frames: [...], grey values v in [0, 1] as (v - FRAME_MEAN) / FRAME_STD (see `normalize_frames`).
 
     Returns:
       [..., 3]: (v - mean) / std of each channel. Padded frames come out as dark grey, not as zero.

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dilbert_jax.models.attention import FeedForward, HeadsProjection, attend
+from dilbert_jax.sharding import BATCH, constrain
 
 Array = jax.Array
 STREAMS = ("entity", "description", "region")
@@ -101,8 +102,8 @@ class TangledBlock(nn.Module):
                     values[0] += resize_nearest(cross_value[other], length)
             context, _ = attend(
                 query[stream],
-                jnp.concatenate(keys, axis=1),
-                jnp.concatenate(values, axis=1),
+                constrain(jnp.concatenate(keys, axis=1), BATCH, None, "tensor"),
+                constrain(jnp.concatenate(values, axis=1), BATCH, None, "tensor"),
                 jnp.concatenate(mask, axis=1),
             )
             block = FeedForward(

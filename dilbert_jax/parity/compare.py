@@ -21,13 +21,13 @@ import numpy as np
 from flax import traverse_util
 
 from dilbert_jax.config import check_config
-from dilbert_jax.experiment import MAX_NAME_PIECES, open_experiment
-from dilbert_jax.input_pipeline import MASK_RATE, training_batches
+from dilbert_jax.experiment import open_experiment
+from dilbert_jax.input_pipeline import training_batches
 from dilbert_jax.models import Dilbert, DilbertConfig
-from dilbert_jax.models.dilbert import frames_per_step
 from dilbert_jax.parity import MISSING_EXTRA, torch_losses, torch_model
 from dilbert_jax.parity.names import from_torch, to_torch
 from dilbert_jax.parity.torch_training import MutualTraining, to_tensors
+from dilbert_jax.random_inputs import random_batch, random_model, random_names
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
@@ -39,10 +39,8 @@ except ImportError as error:
 DTYPES = ("float64", "float32")
 # Largest relative difference that counts as agreement.
 TOLERANCES = {"float64": 1e-8, "float32": 1e-3}
-HOST_ONLY = ("study", "frame_index")
 # A loss term below this share of its network's loss is measured against that share.
 SMALL_TERM = 1e-3
-NETWORKS = ("teacher", "student")
 Batch = Mapping[str, np.ndarray]
 
 
@@ -126,8 +124,9 @@ def dataset_setting(config: ml_collections.ConfigDict, num_steps: int, learning_
         experiment = open_experiment(config, pathlib.Path(workdir))
     context, builder = experiment.context, experiment.builder
     indices, size = experiment.indices["train"], config.train.batch_size
-    batches = training_batches(builder.pretraining, indices, size, config.seed)
-    annotation = training_batches(builder.annotation, indices, size, config.seed)
+    length_of = builder.padded_length
+    batches = training_batches(builder.pretraining, indices, size, config.seed, length_of=length_of)
+    annotation = training_batches(builder.annotation, indices, size, config.seed, length_of=length_of)
     return Setting(
         context.model.config,
         context.loss,
@@ -152,33 +151,16 @@ def random_setting(config: ml_collections.ConfigDict, num_steps: int, learning_r
       ValueError: a configuration that cannot work, or options that the PyTorch model does not have.
     """
     config = _prepared(config, learning_rate)
-    data = config.data
     rng = np.random.default_rng(config.seed)
-    fields: dict[str, Any] = {
-        name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in config.model.items()
-    }
-    num_steps_a_clip = data.num_frames // frames_per_step(config.model.video, config.model.stem_patch)
-    model = DilbertConfig(
-        vocab_size=data.vocab_size, num_organs=4, num_conditions=5, num_findings=6, num_classes=12,
-        num_region_classes=5, num_entities=9, mdc_target=config.loss.mdc_target, order=config.loss.order > 0,
-        max_tokens=data.max_tokens, max_steps=num_steps_a_clip, **fields,
-    )  # fmt: skip
-    regions = data.grid_steps * sum(s * s for s in data.grid_scales)
-    sizes = {"frames": data.num_frames, "size": data.size, "batch": config.train.batch_size}
-    batches = [
-        _random_batch(rng, model, regions + data.max_annotated_regions, **sizes) for _ in range(num_steps)
-    ]
-    annotation = dict(_random_batch(rng, model, regions, **sizes))
-    annotation |= {name: annotation[name][:, :2] for name in ("token_ids", "token_types", "token_mask")}
-    names = rng.integers(5, model.vocab_size, (model.num_entities, MAX_NAME_PIECES)).astype(np.int32)
-    names_mask = np.arange(MAX_NAME_PIECES) < rng.integers(1, MAX_NAME_PIECES + 1, (model.num_entities, 1))
+    batches = [random_batch(config, rng) for _ in range(num_steps)]
+    annotation = random_batch(config, rng, report=False)
     return Setting(
-        model,
+        random_model(config),
         steps.LossConfig(**config.loss),
         OptimizerConfig(**config.optimizer),
         batches,
         annotation,
-        (names, names_mask),
+        random_names(config, rng),
         "random batches",
     )
 
@@ -203,8 +185,8 @@ def measure(setting: Setting, dtype: str, seed: int = 0) -> Agreement:
     starts = _initial_params(setting, model_config, seed)
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
         outputs = compare_outputs(setting, model_config, starts["teacher"])
-        start = {name: starts[name] for name in NETWORKS}
-        other = {name: starts[f"other_{name}"] for name in NETWORKS}
+        start = {name: starts[name] for name in steps.NETWORKS}
+        other = {name: starts[f"other_{name}"] for name in steps.NETWORKS}
         gradients = {
             objective: compare_gradients(setting, model_config, start, other, objective)
             for objective in ("pretraining", "mutual")
@@ -550,43 +532,9 @@ def _prepared(config: ml_collections.ConfigDict, learning_rate: float) -> ml_col
     return config
 
 
-def _random_batch(
-    rng: np.random.Generator, model: DilbertConfig, regions: int, frames: int, size: int, batch: int
-) -> dict[str, np.ndarray]:
-    n, tokens, patch = batch, model.max_tokens, model.stem_patch[0]
-    classes, masked = model.num_classes, max(1, round(MASK_RATE * tokens))
-    low = rng.uniform(0.0, 0.6, (n, regions, 2))
-    frame_count = rng.integers(1, frames + 1, (n, 1))
-    region_count = rng.integers(1, regions + 1, (n, 1))
-    return {
-        "frames": rng.integers(0, 256, (n, frames, size, size)).astype(np.uint8),
-        "frame_mask": np.arange(frames) < frame_count,
-        "boxes": np.concatenate([low, low + rng.uniform(0.1, 0.4, low.shape)], -1).astype(np.float32),
-        "box_frames": rng.integers(0, frame_count, (n, regions)).astype(np.int32),
-        "region_mask": np.arange(regions) < region_count,
-        "region_labels": rng.integers(-1, model.num_region_classes, (n, regions)).astype(np.int32),
-        "region_target": rng.random((n, regions)) < 0.3,
-        "region_zeroed": rng.random((n, regions)) < 0.3,
-        "token_ids": rng.integers(5, model.vocab_size, (n, tokens)).astype(np.int32),
-        "token_types": rng.integers(0, 6, (n, tokens)).astype(np.int32),
-        "token_mask": np.arange(tokens) < rng.integers(2, tokens + 1, (n, 1)),
-        "mlm_positions": rng.integers(0, tokens, (n, masked)).astype(np.int32),
-        "mlm_targets": rng.integers(5, model.vocab_size, (n, masked)).astype(np.int32),
-        "mlm_mask": rng.random((n, masked)) < 0.7,
-        "matched": rng.random(n) < 0.5,
-        "cmm_mask": rng.random(n) < 0.8,
-        "description_target": rng.random((n, frames // patch)) < 0.3,
-        "description_zeroed": rng.random((n, frames // patch)) < 0.3,
-        "classes": rng.random((n, classes)) < 0.4,
-        "classes_mask": rng.random(n) < 0.8,
-        "report_classes": rng.random((n, classes)) < 0.4,
-        "report_classes_mask": rng.random(n) < 0.8,
-    }
-
-
 def _numbers(batch: Batch) -> dict[str, np.ndarray]:
     """The entries that the objectives may read."""
-    return {name: value for name, value in batch.items() if name not in HOST_ONLY}
+    return steps.device_entries(batch)
 
 
 def _on_device(batch: Batch, dtype: str) -> dict[str, jax.Array]:
@@ -601,7 +549,7 @@ def _initial_params(setting: Setting, config: DilbertConfig, seed: int) -> dict[
     batch = setting.batches[0]
     arguments = [batch[name][:1] for name in (*steps.VISUAL, "mlm_positions")]
     init = jax.jit(Dilbert(dataclasses.replace(config, dtype="float32")).init)
-    names = (*NETWORKS, *(f"other_{name}" for name in NETWORKS))
+    names = (*steps.NETWORKS, *(f"other_{name}" for name in steps.NETWORKS))
     keys = [jax.random.fold_in(jax.random.key(seed), i) for i in range(len(names))]
     return {
         name: jax.tree.map(

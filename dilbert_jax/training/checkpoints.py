@@ -8,6 +8,13 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+
+def sync(moment: str) -> None:
+    """Waits until every process has come here; at once where there is only one."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(moment)
 
 
 class StageCheckpoints:
@@ -27,8 +34,10 @@ class StageCheckpoints:
     def save(self, step: int, tree: Any) -> None:
         """Saves a step that is not there yet; what a kill left half-written makes room for it."""
         if step != self.latest_step():
-            for half_written in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-                shutil.rmtree(half_written)
+            if jax.process_index() == 0:
+                for half_written in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                    shutil.rmtree(half_written)
+            sync("half-written checkpoints removed")
             self._manager.save(step, args=ocp.args.PyTreeSave(tree))
             self._manager.wait_until_finished()
 

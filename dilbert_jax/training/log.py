@@ -6,12 +6,15 @@ import json
 import pathlib
 from typing import Any
 
+import jax
+
 
 class MetricsLog:
-    """Appends records to `workdir/metrics.jsonl`, one JSON object a line."""
+    """Appends records to `workdir/metrics.jsonl`, one JSON object a line; of several processes only the first does."""
 
     def __init__(self, workdir: pathlib.Path):
         self.path = workdir / "metrics.jsonl"
+        self._writes = jax.process_index() == 0
         try:
             from tensorboardX import SummaryWriter  # the extra "tensorboard"
         except ImportError:
@@ -21,7 +24,7 @@ class MetricsLog:
 
     def rewind(self, stage: str, step: int) -> None:
         """Drops records of `stage` after `step`: a resumed run writes them again."""
-        if not self.path.exists():
+        if not self._writes or not self.path.exists():
             return
         kept = [r for r in read_metrics(self.path) if r["stage"] != stage or r["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
@@ -30,6 +33,8 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one record; it holds at least `stage` and `step`."""
+        if not self._writes:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self._tensorboard is not None:

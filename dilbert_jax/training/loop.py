@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -15,11 +16,14 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dilbert_jax.experiment import Experiment
 from dilbert_jax.input_pipeline import evaluation_batches, training_batches
+from dilbert_jax.sharding import local_part, make_mesh, put, put_batch, replicated, shardings
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.checkpoints import StageCheckpoints
 from dilbert_jax.training.interrupt import DeferredInterrupt
@@ -45,7 +49,8 @@ class Stage:
       params: where the trainable networks start.
       frozen: parameters that the objective reads and never changes.
       optimizer: its settings; num_steps: updates to make.
-      batches: start_step -> endless batches.
+      batches: start_step -> endless batches, of which this process has its part.
+      accumulation: how the step goes through micro-batches, or None.
     """
 
     name: str
@@ -56,6 +61,7 @@ class Stage:
     num_steps: int
     steps_per_epoch: float
     batches: Any
+    accumulation: steps.Accumulation | None = None
 
 
 def train(experiment: Experiment, workdir: pathlib.Path) -> None:
@@ -65,11 +71,13 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> None:
     from i alone), update, log, and only then perhaps save as step i + 1.
     """
     metrics_log = MetricsLog(workdir)
+    config = experiment.context.config
     params: dict[str, Any] = {}
-    for name in stage_names(experiment.context.config):
-        stage = _make_stage(name, experiment, params)
-        trained = _run_stage(stage, experiment, workdir, metrics_log)
-        params |= trained
+    mesh = make_mesh(config.mesh.fsdp, config.mesh.tensor)
+    with jax.set_mesh(mesh):
+        for name in stage_names(config):
+            stage = _make_stage(name, experiment, params, mesh)
+            params |= _run_stage(stage, experiment, workdir, metrics_log, mesh)
 
 
 def network_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
@@ -98,7 +106,7 @@ def network_params(
     return restored["params"][network], int(checkpoint_step or 0)
 
 
-def _make_stage(name: str, experiment: Experiment, params: Mapping[str, Any]) -> Stage:
+def _make_stage(name: str, experiment: Experiment, params: Mapping[str, Any], mesh: Mesh) -> Stage:
     """What a stage trains, from where, against which frozen networks, on which batches."""
     context = experiment.context
     config, model, loss = context.config, context.model, context.loss
@@ -111,8 +119,17 @@ def _make_stage(name: str, experiment: Experiment, params: Mapping[str, Any]) ->
     # Every stage draws its own order and masks; networks start from their own seeds.
     seed = config.seed * 10 + STAGES.index(name)
     build = experiment.builder.annotation if name == "finetune" else experiment.builder.pretraining
+    part, parts = local_part(mesh, train_config.batch_size)
     batches = functools.partial(
-        training_batches, build, experiment.indices["train"], train_config.batch_size, seed
+        training_batches,
+        build,
+        experiment.indices["train"],
+        train_config.batch_size,
+        seed,
+        length_of=experiment.builder.padded_length,
+        process_index=part,
+        process_count=parts,
+        num_workers=config.mesh.num_workers,
     )
 
     rate = {"mutual": train_config.mutual_rate_scale, "finetune": train_config.finetune_rate_scale}.get(
@@ -123,55 +140,67 @@ def _make_stage(name: str, experiment: Experiment, params: Mapping[str, Any]) ->
 
     start: dict[str, Any]
     frozen: Any
+    vectors = relations = None
+    masks = functools.partial(steps.task_masks, config=loss)
     if name in NETWORKS:
-        start = {name: _initial_params(context, seed)}
+        start = {name: _initial_params(context, seed, mesh)}
         taught = name == "student" and "teacher" in params and not train_config.independent_student
         frozen = {"teacher": params["teacher"]} if taught else {}
 
-        def objective(p: Any, f: Any, b: Any, r: Any) -> Any:
-            return steps.pretraining_objective(model, loss, p, f.get("teacher"), b, r)
+        def objective(p: Any, f: Any, b: Any, r: Any, *part: steps.Part) -> Any:
+            return steps.pretraining_objective(model, loss, p, f.get("teacher"), b, r, *part)
 
     elif name == "mutual":
         start, frozen = dict(params), dict(params)
         objective = functools.partial(steps.mutual_objective, model, loss)
+        if train_config.relate_micro_batches and loss.relational_layer != "none":
+            vectors = functools.partial(steps.relational_vectors, model, loss)
+            relations = functools.partial(steps.relational_terms, loss)
     else:
         start, frozen = dict(params), {}
         pieces, mask = context.entity_names
         names = (jnp.asarray(pieces), jnp.asarray(mask))
         entity_of_region = jnp.asarray(context.entity_of_region)
+        masks = functools.partial(steps.annotation_masks, entity_of_region=entity_of_region)
 
-        def objective(p: Any, f: Any, b: Any, r: Any) -> Any:
-            return steps.annotation_objective(model, loss, p, names, entity_of_region, b, r)
+        def objective(p: Any, f: Any, b: Any, r: Any, *part: steps.Part) -> Any:
+            return steps.annotation_objective(model, loss, p, names, entity_of_region, b, r, *part)
 
-    return Stage(name, objective, start, frozen, optimizer, num_steps, per_epoch, batches)
+    accumulation = None
+    if train_config.num_micro_batches > 1:
+        accumulation = steps.Accumulation(train_config.num_micro_batches, masks, vectors, relations)
+    return Stage(name, objective, start, frozen, optimizer, num_steps, per_epoch, batches, accumulation)
 
 
-def _initial_params(context: Any, seed: int) -> Any:
+def _initial_params(context: Any, seed: int, mesh: Mesh) -> Any:
     """Random parameters, with the parts that the configuration takes from outside."""
-    params, train_config = context.init_params(jax.random.key(seed)), context.config.train
+    key, train_config = jax.random.key(seed), context.config.train
+    placed = shardings(jax.eval_shape(context.init_params, key), mesh)
+    params = jax.jit(context.init_params, out_shardings=placed)(key)
     if train_config.entity_weights or train_config.video_weights:
         from dilbert_jax.parity import outside  # needs an extra
 
+        params = jax.device_get(put(params, jax.tree.map(lambda _: replicated(mesh), params)))
         if train_config.entity_weights:
             folder = pathlib.Path(train_config.entity_weights)
             params = outside.with_bert(params, folder, context.config.model.num_heads)
         if train_config.video_weights:
             params = outside.with_r3d_18(params, pathlib.Path(train_config.video_weights))
+        params = put(params, placed)
     return params
 
 
 def _run_stage(
-    stage: Stage, experiment: Experiment, workdir: pathlib.Path, metrics_log: MetricsLog
+    stage: Stage, experiment: Experiment, workdir: pathlib.Path, metrics_log: MetricsLog, mesh: Mesh
 ) -> dict[str, Any]:
     """Trains one stage to its end from its newest checkpoint; returns the trained parameters."""
     config = experiment.context.config
     optimizer = make_optimizer(stage.optimizer, stage.num_steps)
     schedule = make_schedule(stage.optimizer, stage.num_steps)
-    # A copy: the step donates its state, and the frozen snapshot may be the same arrays. Bound to its device
-    # as restored arrays are: for jit, bound and free arrays are two programs to compile.
-    state = jax.device_put(
-        steps.TrainState.create(jax.tree.map(jnp.array, stage.params), optimizer), jax.devices()[0]
-    )
+    create = functools.partial(steps.TrainState.create, optimizer=optimizer)
+    placed = shardings(jax.eval_shape(create, stage.params), mesh)
+    # A copy: the step donates its state, and the frozen snapshot may be the same arrays.
+    state = jax.jit(lambda p: create(jax.tree.map(jnp.copy, p)), out_shardings=placed)(stage.params)
     checkpoints = StageCheckpoints(workdir, stage.name)
     done = checkpoints.latest_step()
     if done is not None:
@@ -184,29 +213,42 @@ def _run_stage(
     metrics_log.rewind(stage.name, done)
     _log.info("stage %s: steps %d to %d", stage.name, done, stage.num_steps)
 
-    update = steps.make_step(stage.objective, optimizer)
+    update = steps.make_step(stage.objective, optimizer, stage.accumulation, placed)
     batch_size = config.train.batch_size
     rng = jax.random.key(config.seed * 10 + STAGES.index(stage.name))
     batches = stage.batches(done)
     window = _Window(stage, experiment, metrics_log, schedule, batch_size, config.train.log_every_steps)
     saved_at = time.monotonic()
-    bar = tqdm(total=stage.num_steps, initial=done, desc=stage.name, unit="step", smoothing=0.05)
-    with bar, logging_redirect_tqdm(), DeferredInterrupt() as interrupt:
+    several = jax.process_count() > 1
+    bar = tqdm(
+        total=stage.num_steps,
+        initial=done,
+        desc=stage.name,
+        unit="step",
+        smoothing=0.05,
+        disable=jax.process_index() > 0,
+    )
+    with contextlib.closing(batches), bar, logging_redirect_tqdm(), DeferredInterrupt() as interrupt:
         try:
             for i in range(done, stage.num_steps):
-                if interrupt.requested:
+                due = time.monotonic() - saved_at >= config.train.checkpoint_every_seconds
+                stop = interrupt.requested
+                if several:  # all stop and save at the same step; asking at every step would cost time
+                    due, stop = _agree(due, stop) if i % config.train.log_every_steps == 0 else (False, False)
+                if due and i > done:
+                    window.flush()
+                    checkpoints.save(i, state)
+                    saved_at = time.monotonic()
+                if stop:
                     raise KeyboardInterrupt
                 batch = next(batches)
-                state, metrics = update(state, stage.frozen, _on_device(batch), rng)
+                state, metrics = update(
+                    state, stage.frozen, put_batch(steps.device_entries(batch), mesh), rng
+                )
                 # Looking at the step before keeps the device busy while the host reads.
                 window.add(i, metrics, batch["study"])
                 bar.update()
                 bar.set_postfix_str(window.summary, refresh=False)
-                now = time.monotonic()
-                if now - saved_at >= config.train.checkpoint_every_seconds and i + 1 < stage.num_steps:
-                    window.flush()
-                    checkpoints.save(i + 1, state)
-                    saved_at = time.monotonic()
             window.flush()
         except KeyboardInterrupt:
             # Interrupted inside a step, the state is donated and gone: the last checkpoint stands.
@@ -220,7 +262,7 @@ def _run_stage(
             )
             checkpoints.close()
             raise
-    validation = _validate(stage, experiment, state.params, rng)
+    validation = _validate(stage, experiment, state.params, rng, mesh)
     if validation:
         metrics_log.write({"stage": stage.name, "step": stage.num_steps, "split": "validation", **validation})
     checkpoints.save(stage.num_steps, state)
@@ -299,13 +341,15 @@ class _Window:
         self.rows, self.started = [], now
 
 
-def _on_device(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Moves a batch to the device; what only the host needs stays behind."""
-    host_only = ("study", "frame_index")
-    return {name: jnp.asarray(value) for name, value in batch.items() if name not in host_only}
+def _agree(due: bool, stop: bool) -> tuple[bool, bool]:
+    """Whether to save, as the first process says, and whether to stop, as soon as any process is told to."""
+    said = multihost_utils.process_allgather(np.asarray([due, stop]))
+    return bool(said[0, 0]), bool(said[:, 1].any())
 
 
-def _validate(stage: Stage, experiment: Experiment, params: Any, rng: jax.Array) -> dict[str, float]:
+def _validate(
+    stage: Stage, experiment: Experiment, params: Any, rng: jax.Array, mesh: Mesh
+) -> dict[str, float]:
     """Mean of the stage's loss terms over the validation studies (with this stage's dropout switched on)."""
     indices = experiment.indices["validation"]
     if not len(indices):
@@ -316,7 +360,10 @@ def _validate(stage: Stage, experiment: Experiment, params: Any, rng: jax.Array)
     size = min(experiment.context.config.train.batch_size, len(indices))
     for batch, real in _full_batches(build, indices, size):
         del real
-        for name, value in jax.device_get(measure(params, stage.frozen, _on_device(batch), rng)).items():
+        # Every process has all of the batch, whose size may not divide among the devices.
+        everywhere = {name: replicated(mesh) for name in steps.device_entries(batch)}
+        placed = put(steps.device_entries(batch), everywhere)
+        for name, value in jax.device_get(measure(params, stage.frozen, placed, rng)).items():
             totals.setdefault(name, []).append(float(value))
     return {name: float(np.mean(values)) for name, values in totals.items()}
 
@@ -349,5 +396,5 @@ def describe_run(config: ml_collections.ConfigDict, experiment: Experiment) -> s
         f"data {config.data.name}: {sizes['train']} training, {sizes['validation']} validation, "
         f"{sizes['test']} test studies; {len(labels.organs)} organs, {len(labels.conditions)} conditions, "
         f"{len(labels.findings)} findings, {len(labels.entities)} entities; "
-        f"{count / 1e6:.2f} M parameters a network; device {jax.devices()[0]}"
+        f"{count / 1e6:.2f} M parameters a network; {len(jax.devices())} device(s), {jax.devices()[0].device_kind}"
     )
