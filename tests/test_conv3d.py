@@ -109,6 +109,8 @@ def test_the_form_follows_the_platform_lowered_for(platform, strides):
         assert len(convolutions) == 3 and all(in_3d) and "stablehlo.while" not in text
 
 
+pytestmark = pytest.mark.numerics
+
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec

@@ -13,6 +13,8 @@ from tiny import init_params
 
 from dilbert_jax.sharding import RULES, local_part, make_mesh, partition_spec, shardings
 
+pytestmark = pytest.mark.numerics
+
 SCRIPT = pathlib.Path(__file__).with_name("sharded_training.py")
 # data, fsdp, tensor: every axis by itself and together, on 1, 2, 4 and 8 devices.
 QUICK = ("1,1,1", "2,2,2")
