@@ -28,12 +28,7 @@ def train(data: int, fsdp: int, tensor: int, micro_batches: int = 1):
     objective = functools.partial(steps.mutual_objective, MODEL, LOSS)
     accumulation = None
     if micro_batches > 1:
-        accumulation = steps.Accumulation(
-            micro_batches,
-            functools.partial(steps.task_masks, config=LOSS),
-            functools.partial(steps.relational_vectors, MODEL, LOSS),
-            functools.partial(steps.relational_terms, LOSS),
-        )
+        accumulation = steps.mutual_accumulation(MODEL, LOSS, micro_batches, relate=True)
     networks = {name: jax.device_get(init_params(i)) for i, name in enumerate(steps.NETWORKS)}
     frozen = {name: jax.device_get(init_params(i + 2)) for i, name in enumerate(steps.NETWORKS)}
     placed = shardings(jax.eval_shape(create, networks), mesh)

@@ -233,23 +233,21 @@ def test_micro_batches_add_up_to_the_batch(stage, k):
     networks = {name: init_params(i, SMALL) for i, name in enumerate(steps.NETWORKS)}
     frozen = {name: init_params(i + 2, SMALL) for i, name in enumerate(steps.NETWORKS)}
     entity_of_region = jnp.asarray([0, 1, -1, 2])
-    masks, vectors, relations = functools.partial(steps.task_masks, config=LOSS), None, None
     objective = functools.partial(steps.mutual_objective, MODEL, LOSS)
-    if stage == "mutual":
-        vectors = functools.partial(steps.relational_vectors, MODEL, LOSS)
-        relations = functools.partial(steps.relational_terms, LOSS)
-    elif stage == "pretraining":
+    how = steps.mutual_accumulation(MODEL, LOSS, k, relate=True)
+    if stage == "pretraining":
+        how = steps.Accumulation(k, how.masks)
 
         def objective(p, f, b, r, *part):
             return steps.pretraining_objective(MODEL, LOSS, p, f["teacher"], b, r, *part)
 
-    else:
+    elif stage == "annotation":
         masks = functools.partial(steps.annotation_masks, entity_of_region=entity_of_region)
+        how = steps.Accumulation(k, masks)
 
         def objective(p, f, b, r, *part):
             return steps.annotation_objective(MODEL, LOSS, p, NAMES, entity_of_region, b, r, *part)
 
-    how = steps.Accumulation(k, masks, vectors, relations)
     whole = jax.jit(jax.value_and_grad(objective, has_aux=True))
     parts = jax.jit(functools.partial(steps.accumulate, objective, how))
     (loss, metrics), gradient = whole(networks, frozen, batch, RNG)
@@ -265,7 +263,7 @@ def test_relations_within_micro_batches_are_another_loss():
     batch = to_device(make_batch(3, 8))
     networks = {name: init_params(i, SMALL) for i, name in enumerate(steps.NETWORKS)}
     objective = functools.partial(steps.mutual_objective, MODEL, LOSS)
-    how = steps.Accumulation(2, functools.partial(steps.task_masks, config=LOSS))
+    how = steps.mutual_accumulation(MODEL, LOSS, 2, relate=False)
     (_, parts), _ = jax.jit(functools.partial(steps.accumulate, objective, how))(
         networks, networks, batch, RNG
     )

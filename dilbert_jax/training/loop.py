@@ -140,8 +140,11 @@ def _make_stage(name: str, experiment: Experiment, params: Mapping[str, Any], me
 
     start: dict[str, Any]
     frozen: Any
-    vectors = relations = None
-    masks = functools.partial(steps.task_masks, config=loss)
+    parts_of_step = train_config.num_micro_batches
+    accumulation: steps.Accumulation | None = None
+    if parts_of_step > 1:
+        masks = functools.partial(steps.task_masks, config=loss)
+        accumulation = steps.Accumulation(parts_of_step, masks)
     if name in NETWORKS:
         start = {name: _initial_params(context, seed, mesh)}
         taught = name == "student" and "teacher" in params and not train_config.independent_student
@@ -153,22 +156,22 @@ def _make_stage(name: str, experiment: Experiment, params: Mapping[str, Any], me
     elif name == "mutual":
         start, frozen = dict(params), dict(params)
         objective = functools.partial(steps.mutual_objective, model, loss)
-        if train_config.relate_micro_batches and loss.relational_layer != "none":
-            vectors = functools.partial(steps.relational_vectors, model, loss)
-            relations = functools.partial(steps.relational_terms, loss)
+        if accumulation:
+            accumulation = steps.mutual_accumulation(
+                model, loss, parts_of_step, train_config.relate_micro_batches
+            )
     else:
         start, frozen = dict(params), {}
         pieces, mask = context.entity_names
         names = (jnp.asarray(pieces), jnp.asarray(mask))
         entity_of_region = jnp.asarray(context.entity_of_region)
-        masks = functools.partial(steps.annotation_masks, entity_of_region=entity_of_region)
+        if accumulation:
+            masks = functools.partial(steps.annotation_masks, entity_of_region=entity_of_region)
+            accumulation = steps.Accumulation(parts_of_step, masks)
 
         def objective(p: Any, f: Any, b: Any, r: Any, *part: steps.Part) -> Any:
             return steps.annotation_objective(model, loss, p, names, entity_of_region, b, r, *part)
 
-    accumulation = None
-    if train_config.num_micro_batches > 1:
-        accumulation = steps.Accumulation(train_config.num_micro_batches, masks, vectors, relations)
     return Stage(name, objective, start, frozen, optimizer, num_steps, per_epoch, batches, accumulation)
 
 

@@ -7,6 +7,7 @@ step: it is never closed over and never in the optimizer.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -482,6 +483,18 @@ class Accumulation:
     masks: Callable[[Batch], dict[str, Array]]
     vectors: Callable[[Params, Batch, Array], dict[str, Array]] | None = None
     relations: Callable[[dict[str, Array]], tuple[Array, Metrics]] | None = None
+
+
+def mutual_accumulation(
+    model: Dilbert, config: LossConfig, num_micro_batches: int, relate: bool
+) -> Accumulation:
+    """How `mutual_objective` goes through micro-batches; `relate`: relational losses over the whole batch."""
+    vectors = relations = None
+    if relate and config.relational_layer != "none":
+        vectors = functools.partial(relational_vectors, model, config)
+        relations = functools.partial(relational_terms, config)
+    masks = functools.partial(task_masks, config=config)
+    return Accumulation(num_micro_batches, masks, vectors, relations)
 
 
 def accumulate(
