@@ -757,9 +757,13 @@ def test_a_worker_passes_its_error_on():
 
 
 USER_OF_WORKERS = """
+import signal
+
 from test_input_pipeline import make_builder, training_batches
 
 if __name__ == "__main__":
+    # A shell that starts tests in the background has them ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for batch in training_batches(make_builder().pretraining, range(12), 8, 0, num_workers=2):
         print("ready", flush=True)
 """

