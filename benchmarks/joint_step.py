@@ -24,12 +24,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 
 from dilbert_jax import losses
-from dilbert_jax.config import MODEL_PRESETS
-from dilbert_jax.models.dilbert import Dilbert, DilbertConfig
+from dilbert_jax.config import default_config
+from dilbert_jax.models.dilbert import Dilbert
+from dilbert_jax.random_inputs import init_network, random_batch, random_model
 from dilbert_jax.relational import angle_loss, distance_loss
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -38,43 +40,14 @@ LOSS = steps.LossConfig()
 SIZES = {"quickstart": "small", "tiny": "tiny"}
 
 
-def make_model(size: str) -> Dilbert:
+def make_config(size: str) -> ml_collections.ConfigDict:
     """The quickstart's network (2 blocks, 128 hidden, clips of 12 frames of 64 x 64), or the tiny one, no dropout."""
-    fields: dict[str, Any] = {**MODEL_PRESETS[SIZES[size]], "num_layers": 2, "stem_patch": (3, 4, 4)}
-    spaces: dict[str, Any] = dict(num_organs=7, num_conditions=6, num_findings=25, num_classes=38)
-    return Dilbert(
-        DilbertConfig(vocab_size=900, num_region_classes=14, max_tokens=96, dropout=0.0, **spaces, **fields)
+    config = default_config(SIZES[size])
+    config.data.update(
+        size=64, num_frames=12, max_tokens=96, vocab_size=900, grid_scales=(1, 3), grid_steps=1
     )
-
-
-def make_batch(batch_size: int) -> dict[str, jax.Array]:
-    """A random batch of the quickstart's shapes."""
-    rng, b = np.random.default_rng(0), batch_size
-    frames, regions, tokens, masked, classes = 12, 16, 96, 14, 38
-    low = rng.uniform(0, 0.5, (b, regions, 2))
-    batch = {
-        "frames": rng.integers(0, 256, (b, frames, 64, 64)).astype(np.uint8),
-        "frame_mask": np.ones((b, frames), bool),
-        "boxes": np.concatenate([low, low + 0.3], -1).astype(np.float32),
-        "box_frames": rng.integers(0, frames, (b, regions)).astype(np.int32),
-        "region_mask": np.ones((b, regions), bool),
-        "region_labels": rng.integers(0, 14, (b, regions)).astype(np.int32),
-        "region_target": rng.random((b, regions)) < 0.15,
-        "region_zeroed": rng.random((b, regions)) < 0.15,
-        "token_ids": rng.integers(5, 900, (b, tokens)).astype(np.int32),
-        "token_types": rng.integers(0, 6, (b, tokens)).astype(np.int32),
-        "token_mask": np.arange(tokens) < rng.integers(30, tokens, (b, 1)),
-        "mlm_positions": rng.integers(1, 29, (b, masked)).astype(np.int32),
-        "mlm_targets": rng.integers(5, 900, (b, masked)).astype(np.int32),
-        "mlm_mask": np.ones((b, masked), bool),
-        "matched": np.arange(b) % 2 == 0,
-        "cmm_mask": np.ones(b, bool),
-        "description_target": rng.random((b, frames // 3)) < 0.3,
-        "description_zeroed": rng.random((b, frames // 3)) < 0.3,
-        "classes": rng.random((b, classes)) < 0.2,
-        "classes_mask": np.ones(b, bool),
-    }
-    return {name: jnp.asarray(value) for name, value in batch.items()}
+    config.model.update(num_layers=2, stem_patch=(3, 4, 4), dropout=0.0)
+    return config
 
 
 def make_separate(model: Dilbert, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
@@ -180,10 +153,11 @@ def main() -> None:
     parser.add_argument("--json", help="write the figures to this file")
     arguments = parser.parse_args()
 
-    model, batch = make_model(arguments.size), make_batch(arguments.batch_size)
-    names = (jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3), bool))
-    visual = [batch[name] for name in steps.VISUAL]
-    init = jax.jit(lambda key: model.init(key, *visual, batch["mlm_positions"], *names)["params"])
+    config = make_config(arguments.size)
+    model = Dilbert(random_model(config))
+    drawn = random_batch(config, np.random.default_rng(0), arguments.batch_size)
+    batch = {name: jnp.asarray(value) for name, value in drawn.items()}
+    init = jax.jit(functools.partial(init_network, config))
     networks = {name: init(jax.random.key(i)) for i, name in enumerate(steps.NETWORKS)}
     frozen = {name: init(jax.random.key(i + 2)) for i, name in enumerate(steps.NETWORKS)}
     optimizer = make_optimizer(OptimizerConfig("sgd", 0.01, warmup_fraction=0.0), 1000)
