@@ -1,31 +1,26 @@
-"""Time of annotating: the network alone and the whole way from a decoded clip, for one clip and for a batch.
+"""Annotating: the network alone and the whole way from decoded frames, for one clip and for a batch.
 
-    python benchmarks/annotate.py --preset quickstart --json annotate.json
+    python -m benchmarks.annotate --presets quickstart base
 
-`jax` is `dilbert_jax.annotation.predict`, from NumPy arrays to NumPy arrays; `torch` (where PyTorch is installed) does
-the same with the eager PyTorch network of `dilbert_jax.parity` and the same weights; `annotate` is `annotate_clips`,
-which also scales the frames, lays the regions and composes the text. Weights are random, clips are noise of 64 frames
-of 480 x 640. Rounds are interleaved, so that a slow moment of the machine meets all of them; the largest difference
-between the outputs of `jax` and `torch` is printed. PyTorch's threads wait by spinning: where other work shares the
-cores, set OMP_NUM_THREADS=1, or it comes out several times too slow.
+The network is `dilbert_jax.annotation.predict`, from NumPy arrays to NumPy arrays; beside it, where PyTorch is
+installed, its eager network of `dilbert_jax.parity` with the same weights. The whole way is `annotate_clips`, which
+also scales the frames, lays the regions and composes the text. Weights are random, clips are noise of 64 frames of
+480 x 640.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
-import json
-import os
+import functools
 import pathlib
 import runpy
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
+from benchmarks import common
 from dilbert_jax.annotation import Thresholds, annotate_clips, build_visual, predict
 from dilbert_jax.config import MODEL_PRESETS, default_config
 from dilbert_jax.experiment import ModelContext, make_context
@@ -72,12 +67,13 @@ def make_torch(
     from dilbert_jax.parity.compare import make_torch as make_network
     from dilbert_jax.parity.torch_training import to_tensors
 
-    network = make_network(jax.device_get(params), context.model.config)
-    names = tuple(torch.from_numpy(x) for x in context.entity_names)
+    device = common.torch_device()
+    network = make_network(jax.device_get(params), context.model.config).to(device)
+    names = tuple(torch.from_numpy(x).to(device) for x in context.entity_names)
 
     def run(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         with torch.inference_mode():
-            encoded = network.encode_batch(to_tensors({name: batch[name] for name in VISUAL}))
+            encoded = network.encode_batch(to_tensors({name: batch[name] for name in VISUAL}, device=device))
             logits = network.annotate(encoded, *names)
             match = logits["match"]
             outputs = {
@@ -89,94 +85,57 @@ def make_torch(
                 "region_scores": match["region"].sigmoid(),
                 "region_logits": match["region"],
             }
-            return {name: value.numpy() for name, value in outputs.items()}
+            return {name: value.cpu().numpy() for name, value in outputs.items()}
 
     return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--preset", choices=PRESETS, default="quickstart")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=15, help="timed calls of each")
-    parser.add_argument("--json", help="write the figures to this file")
-    arguments = parser.parse_args()
+def annotate_all(context: ModelContext, params: Any, clips: list[tuple[Clip, str]]) -> list[Any]:
+    """Annotations of all clips, in one batch."""
+    nothing = Thresholds({}, {})
+    return list(annotate_clips(context, params, clips, nothing, model={}, batch_size=len(clips)))
 
-    context = make_setting(arguments.preset)
-    params = context.init_params(jax.random.key(0))
-    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    clips = make_clips(arguments.batch_size)
-    examples = [build_visual(context, clip.frames)[0] for clip, _ in clips]
-    batch = {name: np.stack([e[name] for e in examples]) for name in VISUAL}
-    networks: dict[str, Callable[..., Any]] = {"jax": lambda b: predict(context, params, b)}
-    torch_threads = None
-    if importlib.util.find_spec("torch") is not None:
-        import torch
 
-        networks["torch"], torch_threads = make_torch(context, params), torch.get_num_threads()
-
-    runs: dict[tuple[str, int], Callable[[], Any]] = {}
-    for size in (1, arguments.batch_size):
-        part, few = {name: values[:size] for name, values in batch.items()}, clips[:size]
-        for name, network in networks.items():
-            runs[name, size] = lambda network=network, part=part: network(part)  # type: ignore[misc]
-        runs["annotate", size] = lambda few=few, size=size: list(  # type: ignore[misc]
-            annotate_clips(context, params, few, Thresholds({}, {}), model={}, batch_size=size)
-        )
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
-    first: dict[tuple[str, int], float] = {}
-    outputs: dict[tuple[str, int], Any] = {}
-    for repetition in range(arguments.rounds + 1):
-        for key, run in runs.items():
-            start = time.perf_counter()
-            outputs[key] = run()
-            taken = time.perf_counter() - start
-            if repetition:
-                seconds[key].append(taken)
+def measure(arguments: argparse.Namespace) -> Iterator[common.Row]:
+    for preset in arguments.presets:
+        context = make_setting(preset)
+        params = context.init_params(jax.random.key(0))
+        clips = make_clips(arguments.batch_size)
+        examples = [build_visual(context, clip.frames)[0] for clip, _ in clips]
+        batch = {name: np.stack([e[name] for e in examples]) for name in VISUAL}
+        networks: dict[str, Callable[..., Any]] = {"network": functools.partial(predict, context, params)}
+        if common.has_torch():
+            networks["PyTorch eager"] = make_torch(context, params)
+        for size in (1, arguments.batch_size):
+            part, few = {name: values[:size] for name, values in batch.items()}, clips[:size]
+            runs = {name: functools.partial(network, part) for name, network in networks.items()}
+            runs["whole way"] = functools.partial(annotate_all, context, params, few)
+            seconds, first = common.time_in_turn(runs, arguments.rounds)
+            outputs = [network(part) for network in networks.values()]
+            setting = f"{preset}, clips at once: {size}"
+            own = common.quartiles(seconds["network"], 1e3 / size)
+            if len(outputs) == 2:
+                difference = max(float(np.abs(v - outputs[1][name]).max()) for name, v in outputs[0].items())
+                yield common.compare(
+                    f"{setting}, network",
+                    seconds,
+                    "network",
+                    "PyTorch eager",
+                    per=size,
+                    quantity="ms a clip",
+                    first_call_s=first,
+                    largest_difference=difference,
+                )
             else:
-                first[key] = taken
+                yield common.Row(f"{setting}, network", "ms a clip", own, more={"first_call_s": first})
+            whole = common.quartiles(seconds["whole way"], 1e3 / size)
+            yield common.Row(f"{setting}, from decoded frames to text", "ms a clip", whole)
 
-    rows = []
-    print(f"{arguments.preset}: {num_parameters / 1e6:.1f} M parameters")
-    print(f"{'what':>9} {'batch':>5} {'ms a clip':>24} {'clips/s':>8} {'first call s':>13} {'of torch':>22}")
-    for (name, size), values in seconds.items():
-        low, median, high = (1e3 * q / size for q in np.quantile(values, [0.25, 0.5, 0.75]))
-        row: dict[str, Any] = {
-            "what": name,
-            "batch": size,
-            "milliseconds_a_clip": {"median": median, "quartiles": [low, high]},
-            "clips_per_second": 1e3 / median,
-            "first_call_s": first[name, size],
-        }
-        line = f"{name:>9} {size:5} {median:9.2f} [{low:5.2f}, {high:6.2f}] {1e3 / median:8.1f}"
-        line += f" {first[name, size]:13.1f}"
-        if name == "jax" and "torch" in networks:
-            ratios = np.asarray(values) / np.asarray(seconds["torch", size])
-            low, median, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-            row["of_torch"] = {"median": median, "quartiles": [low, high]}
-            pairs = [(outputs["jax", size][o], outputs["torch", size][o]) for o in outputs["jax", size]]
-            row["largest_difference_from_torch"] = max(float(np.abs(a - b).max()) for a, b in pairs)
-            line += f" {median:6.3f} [{low:.3f}, {high:.3f}]"
-        rows.append(row)
-        print(line)
-        if "largest_difference_from_torch" in row:
-            print(f"{'':>15} largest difference from torch {row['largest_difference_from_torch']:.1e}")
-    if arguments.json:
-        packages = ["jax", "jaxlib", "flax", "numpy"] + ["torch"] * ("torch" in networks)
-        about = {
-            "device": jax.devices()[0].device_kind,
-            "cores": os.cpu_count(),
-            "load_average": os.getloadavg()[0],
-            "versions": {name: importlib.metadata.version(name) for name in packages},
-            "parameters": num_parameters,
-            "torch_threads": torch_threads,
-            **vars(arguments),
-        }
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"about": about, "rows": rows}, file, indent=2)
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["quickstart", "base"])
+    parser.add_argument("--batch-size", type=int, default=8)
 
 
 if __name__ == "__main__":
-    main()
+    common.main(__doc__, measure, add_arguments, rounds=15)

@@ -1,28 +1,26 @@
-"""Clips a second that the input pipeline delivers, beside what the quickstart's steps consume.
+"""The input pipeline: clips a second that it delivers, and what a step that it feeds waits for.
 
-    python benchmarks/input_pipeline.py --json input_pipeline.json
+    python -m benchmarks.input_pipeline
 
-`alone` draws batches of the quickstart's phantom clips without training: built by a thread of this process (what
-training does unless data.num_workers says otherwise), or by one or two worker processes. `step` times the pre-training
-and the mutual step on one batch that lies on the device (`cached`) and on batches from the pipeline (`fed`): the ratio
-of the two is what training waits for its data. Blocks of both are interleaved in one process, so that a slow moment of
-the machine meets both.
+Batches alone are those of the quickstart's phantom clips, drawn without training: built by a thread of this process
+(what training does unless mesh.num_workers says otherwise), or by one or two worker processes. Fed steps take them from
+the pipeline, beside steps on one batch that lies on the device; blocks of both alternate.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
-import json
-import os
 import pathlib
 import runpy
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+
+from benchmarks import common
 
 # What needs JAX is imported where it is used: a worker process imports this file, as it does train.py.
 
@@ -31,19 +29,13 @@ STAGES = ("pre-training", "mutual")
 BUFFERED = 10  # more than any source holds ready
 
 
-def summarize(values: list[float]) -> dict[str, float]:
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return {"median": float(middle), "low": float(low), "high": float(high)}
-
-
-def measure_alone(experiment: Any, batch_size: int, rounds: int, batches: int) -> dict[str, Any]:
-    """Clips a second of each way to build pre-training batches, its seconds to the first batch and to close."""
+def measure_alone(experiment: Any, batch_size: int, rounds: int, batches: int) -> dict[str, list[float]]:
+    """Clips a second of each way to build pre-training batches, one figure a round."""
     from dilbert_jax.input_pipeline import training_batches
 
-    found: dict[int, dict[str, list[float]]] = {n: {} for n in (0, 1, 2)}
+    found: dict[str, list[float]] = {"thread": [], "1 worker": [], "2 workers": []}
     for i in range(rounds):
-        for num_workers, rows in found.items():
-            start = time.perf_counter()
+        for num_workers, rates in enumerate(found.values()):
             stream = training_batches(
                 experiment.builder.pretraining,
                 experiment.indices["train"],
@@ -52,29 +44,18 @@ def measure_alone(experiment: Any, batch_size: int, rounds: int, batches: int) -
                 length_of=experiment.builder.padded_length,
                 num_workers=num_workers,
             )
-            next(stream)
-            first = time.perf_counter() - start
             for _ in range(BUFFERED):
                 next(stream)
             start = time.perf_counter()
             for _ in range(batches):
                 next(stream)
-            seconds = time.perf_counter() - start
-            start = time.perf_counter()
+            rates.append(batches * batch_size / (time.perf_counter() - start))
             stream.close()
-            row = {
-                "clips_per_second": batches * batch_size / seconds,
-                "first_batch_s": first,
-                "close_s": time.perf_counter() - start,
-            }
-            for name, value in row.items():
-                rows.setdefault(name, []).append(value)
-    names = {0: "thread", 1: "1 worker", 2: "2 workers"}
-    return {names[n]: {k: summarize(v) for k, v in rows.items()} for n, rows in found.items()}
+    return found
 
 
-def measure_step(experiment: Any, stage: str, rounds: int, block: int) -> dict[str, Any]:
-    """Milliseconds of a stage's step on a cached batch and on fed ones, and the ratio of neighbouring blocks."""
+def measure_step(experiment: Any, stage: str, rounds: int, block: int) -> dict[str, list[float]]:
+    """Seconds of a stage's step on a batch that lies on the device and on fed ones, a mean a block."""
     import jax
     import jax.numpy as jnp
 
@@ -101,14 +82,16 @@ def measure_step(experiment: Any, stage: str, rounds: int, block: int) -> dict[s
         experiment.builder.pretraining, experiment.indices["train"], config.train.batch_size, seed=0
     )
     cached = jax.device_put(steps.device_entries(next(stream)))
-    seconds: dict[str, list[float]] = {"cached": [], "fed": []}
+    seconds: dict[str, list[float]] = {"cached batch": [], "fed": []}
     for i in range(rounds + 1):
         for source, values in seconds.items():
             jax.block_until_ready(state)
             begin = time.perf_counter()
             previous = None
             for _ in range(block):
-                batch = cached if source == "cached" else jax.device_put(steps.device_entries(next(stream)))
+                batch = (
+                    cached if source == "cached batch" else jax.device_put(steps.device_entries(next(stream)))
+                )
                 state, metrics = update(state, frozen, batch, rng)
                 jax.block_until_ready(previous)  # as the training loop, which reads one step late
                 previous = metrics
@@ -116,69 +99,39 @@ def measure_step(experiment: Any, stage: str, rounds: int, block: int) -> dict[s
             if i:  # the first round compiles
                 values.append((time.perf_counter() - begin) / block)
     stream.close()
-    ratios = [fed / own for own, fed in zip(seconds["cached"], seconds["fed"], strict=True)]
-    milliseconds = {source: summarize([1e3 * v for v in values]) for source, values in seconds.items()}
-    return {
-        "milliseconds": milliseconds,
-        "fed_over_cached": summarize(ratios),
-        "clips_per_second": 1e3 * config.train.batch_size / milliseconds["cached"]["median"],
-    }
+    return seconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved repetitions of everything")
-    parser.add_argument("--batches", type=int, default=60, help="timed batches a round of the pipeline alone")
-    parser.add_argument("--block", type=int, default=20, help="timed steps a block")
-    parser.add_argument("--data-dir", default="", help="where prepared data go; default: the user's cache")
-    parser.add_argument("--json", help="write the figures to this file")
-    arguments = parser.parse_args()
-
-    import jax
-
+def measure(arguments: argparse.Namespace) -> Iterator[common.Row]:
     from dilbert_jax.experiment import open_experiment
 
     config = runpy.run_path(str(QUICKSTART))["get_config"]()
     config.data.data_dir = arguments.data_dir
     with tempfile.TemporaryDirectory() as workdir:
         experiment = open_experiment(config, pathlib.Path(workdir))
-        batch_size = config.train.batch_size
-        alone = measure_alone(experiment, batch_size, arguments.rounds, arguments.batches)
-        print(f"{'alone':>12} {'clips/s':>24} {'first batch s':>14} {'close s':>8}")
-        for name, row in alone.items():
-            rate = row["clips_per_second"]
-            print(
-                f"{name:>12} {rate['median']:8.0f} [{rate['low']:5.0f}, {rate['high']:5.0f}]"
-                f" {row['first_batch_s']['median']:14.2f} {row['close_s']['median']:8.2f}"
+        alone = measure_alone(experiment, config.train.batch_size, arguments.rounds, arguments.batches)
+        for name, rates in alone.items():
+            yield common.Row(f"batches alone, by {name}", "clips/s", common.quartiles(rates))
+        for stage in STAGES:
+            seconds = measure_step(experiment, stage, arguments.rounds, arguments.block)
+            needed = config.train.batch_size / np.asarray(seconds["cached batch"])
+            yield common.Row(
+                f"batches alone, by thread, against the {stage} step",
+                "clips/s",
+                common.quartiles(alone["thread"]),
+                "needed",
+                common.quartiles(needed),
+                common.exactly(float(np.median(alone["thread"]) / np.median(needed))),
+                ">= 3",
             )
-        print(f"{'step':>12} {'cached ms':>10} {'clips/s':>8} {'thread / step':>14} {'fed / cached':>24}")
-        step = {}
-        for name in STAGES:
-            row = measure_step(experiment, name, arguments.rounds, arguments.block)
-            row["supply_over_demand"] = {
-                source: r["clips_per_second"]["median"] / row["clips_per_second"]
-                for source, r in alone.items()
-            }
-            step[name], ratio = row, row["fed_over_cached"]
-            print(
-                f"{name:>12} {row['milliseconds']['cached']['median']:10.0f} {row['clips_per_second']:8.1f}"
-                f" {row['supply_over_demand']['thread']:13.1f}x"
-                f" {ratio['median']:8.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]",
-                flush=True,
-            )
-    if arguments.json:
-        about = {
-            "device": jax.devices()[0].device_kind,
-            "cores": os.cpu_count(),
-            "versions": {name: importlib.metadata.version(name) for name in ("jax", "numpy", "grain")},
-            "batch_size": batch_size,
-            **vars(arguments),
-        }
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"about": about, "alone": alone, "step": step}, file, indent=2)
+            yield common.compare(f"{stage} step, fed", seconds, "fed", "cached batch", "<= 1.05")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batches", type=int, default=60, help="timed batches a round of the pipeline alone")
+    parser.add_argument("--block", type=int, default=20, help="timed steps a block")
+    parser.add_argument("--data-dir", default="", help="where prepared data go; default: the user's cache")
 
 
 if __name__ == "__main__":
-    main()
+    common.main(__doc__, measure, add_arguments, rounds=5)

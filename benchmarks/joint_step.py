@@ -1,25 +1,19 @@
-"""Time of one mutual-learning step: everything in one jitted function beside separate jitted passes.
+"""One mutual-learning step: everything in one jitted function beside separate jitted passes.
 
-    python benchmarks/joint_step.py --json joint_step.json
+    python -m benchmarks.joint_step
 
 `joint` is the step that training uses: two trainable and two frozen forward passes, both backward passes and both
 updates in one program. `separate` is what one writes first: each network's logits and pooled vectors are computed by a
 jitted forward pass and handed to the others as targets, then each network takes its own jitted gradient and update.
-`stacked` is joint, but with the two trainable networks on a leading axis under vmap, and the frozen ones likewise.
-
-All three compute the same update; the largest difference between their parameters is printed. Rounds are interleaved,
-so that a slow moment of the machine meets all of them.
+`stacked` is joint, but with the two trainable networks on a leading axis under vmap, and the frozen ones likewise. All
+three compute the same update; the JSON has the largest difference between their parameters.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
-import os
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -28,6 +22,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from benchmarks import common
 from dilbert_jax import losses
 from dilbert_jax.config import default_config
 from dilbert_jax.models.dilbert import Dilbert
@@ -143,16 +138,7 @@ def make_stacked(model: Dilbert, optimizer: optax.GradientTransformation) -> Cal
 MAKERS = {"separate": make_separate, "joint": make_joint, "stacked": make_stacked}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", choices=SIZES, default="quickstart")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each")
-    parser.add_argument("--json", help="write the figures to this file")
-    arguments = parser.parse_args()
-
+def measure(arguments: argparse.Namespace) -> Iterator[common.Row]:
     config = make_config(arguments.size)
     model = Dilbert(random_model(config))
     drawn = random_batch(config, np.random.default_rng(0), arguments.batch_size)
@@ -161,19 +147,14 @@ def main() -> None:
     networks = {name: init(jax.random.key(i)) for i, name in enumerate(steps.NETWORKS)}
     frozen = {name: init(jax.random.key(i + 2)) for i, name in enumerate(steps.NETWORKS)}
     optimizer = make_optimizer(OptimizerConfig("sgd", 0.01, warmup_fraction=0.0), 1000)
-    runs, states, compile_seconds = {}, {}, {}
-    for name, make in MAKERS.items():
-        runs[name] = make(model, optimizer)
-        state = steps.TrainState.create(jax.tree.map(jnp.array, networks), optimizer)
-        start = time.perf_counter()
-        states[name] = jax.block_until_ready(runs[name](state, frozen, batch))
-        compile_seconds[name] = time.perf_counter() - start
-    seconds: dict[str, list[float]] = {name: [] for name in MAKERS}
-    for _ in range(arguments.rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            states[name] = jax.block_until_ready(run(states[name], frozen, batch))
-            seconds[name].append(time.perf_counter() - start)
+    updates = {name: make(model, optimizer) for name, make in MAKERS.items()}
+    states = {name: steps.TrainState.create(jax.tree.map(jnp.array, networks), optimizer) for name in MAKERS}
+
+    def run(name: str) -> None:
+        states[name] = jax.block_until_ready(updates[name](states[name], frozen, batch))
+
+    runs = {name: functools.partial(run, name) for name in MAKERS}
+    seconds, first = common.time_in_turn(runs, arguments.rounds)
 
     def difference(name: str) -> float:
         pairs = zip(
@@ -181,29 +162,21 @@ def main() -> None:
         )
         return max(float(jnp.abs(a - b).max()) for a, b in pairs)
 
-    base = np.asarray(seconds["separate"])
-    rows = {}
-    print(f"{'step':>9} {'median ms':>10} {'of separate':>22} {'first call s':>13} {'difference':>11}")
-    for name, values in seconds.items():
-        ratios = np.asarray(values) / base
-        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-        rows[name] = {
-            "median_ms": 1e3 * statistics.median(values),
-            "ratio": float(middle),
-            "ratio_quartiles": [float(low), float(high)],
-            "first_call_s": compile_seconds[name],
-            "largest_parameter_difference": difference(name),
-        }
-        row = rows[name]
-        print(
-            f"{name:>9} {row['median_ms']:10.1f} {middle:8.3f} [{low:.3f}, {high:.3f}]"
-            f" {row['first_call_s']:13.1f} {row['largest_parameter_difference']:11.1e}"
+    for beside in ("separate", "stacked"):
+        yield common.compare(
+            f"{arguments.size}, mutual, batch {arguments.batch_size}, joint",
+            seconds,
+            "joint",
+            beside,
+            first_call_s=first,
+            largest_parameter_difference=difference(beside),
         )
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            about = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), **vars(arguments)}
-            json.dump({"about": about, "steps": rows}, file, indent=2)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", choices=SIZES, default="quickstart")
+    parser.add_argument("--batch-size", type=int, default=16)
 
 
 if __name__ == "__main__":
-    main()
+    common.main(__doc__, measure, add_arguments, rounds=15)

@@ -1,72 +1,47 @@
-"""Time and memory of the angle loss, forward and backward, beside the usual PyTorch form if installed.
+"""The angle loss over N samples, forward and backward, beside its usual form in PyTorch: time and memory.
 
-    python benchmarks/relational.py --samples 64 128 256 512 --json relational.json
+    python -m benchmarks.relational --samples 64 128 256 512
 
-Each figure comes from a fresh process: memory is the growth of the peak resident size over the state in which
-the framework is loaded and the inputs exist.
+Each figure comes from a fresh process: memory is the growth of the peak resident size over the state in which the
+framework is loaded and the inputs exist; on a GPU it is the device's own peak. The usual form needs memory for N^3
+cosines and N^2 x D edges: it runs up to --largest-usual samples. From there on, only ours does.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import os
-import resource
-import statistics
 import subprocess
 import sys
-import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from benchmarks import common
+
+SAMPLES = (32, 64, 128, 256, 512, 1024, 2048)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--samples", type=int, nargs="+", default=[64, 128, 256, 512])
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", help="write the figures to this file")
-    parser.add_argument("--skip-torch", action="store_true", help="measure JAX alone")
-    parser.add_argument("--one", choices=sorted(MEASUREMENTS), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        measure = MEASUREMENTS[arguments.one]
-        print(json.dumps(measure(arguments.samples[0], arguments.width, arguments.repeats)))
-        return
-
-    with_torch = importlib.util.find_spec("torch") is not None and not arguments.skip_torch
-    rows = []
-    print(
-        f"{'N':>5} {'JAX s':>9} {'MiB':>7} {'compile s':>9}"
-        + f" {'torch s':>9} {'MiB':>7} {'time':>7} {'memory':>7}" * with_torch
-    )
+def measure(arguments: argparse.Namespace) -> Iterator[common.Row]:
     for number in arguments.samples:
-        row = {"samples": number, "width": arguments.width, "cores": os.cpu_count()}
-        row["jax"] = _run("jax", number, arguments)
-        line = f"{number:5d} {row['jax']['seconds']:9.4f} {row['jax']['peak_mib']:7.0f}"
-        line += f" {row['jax']['compile_seconds']:9.2f}"
-        if with_torch:
-            row["torch"] = _run("torch", number, arguments)
-            row["time_ratio"] = row["torch"]["seconds"] / row["jax"]["seconds"]
-            row["memory_ratio"] = row["torch"]["peak_mib"] / max(row["jax"]["peak_mib"], 1)
-            row["loss_difference"] = abs(row["torch"]["loss"] - row["jax"]["loss"]) / abs(
-                row["torch"]["loss"]
-            )
-            line += f" {row['torch']['seconds']:9.4f} {row['torch']['peak_mib']:7.0f}"
-            line += f" {row['time_ratio']:6.1f}x {row['memory_ratio']:6.1f}x"
-        rows.append(row)
-        print(line, flush=True)
-    if not with_torch:
-        print("PyTorch was not measured (not installed, or --skip-torch).")
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=2)
+        setting, beside = f"N = {number}, D = {arguments.width}", "usual PyTorch"
+        ours = _run("jax", number, arguments)
+        seconds = common.quartiles(ours["seconds"], 1e3)
+        if not common.has_torch() or number > arguments.largest_usual:
+            yield common.Row(setting, "ms", seconds)
+            yield common.compare_exactly(setting, "MiB", ours["peak_mib"])
+            continue
+        theirs = _run("torch", number, arguments)
+        difference = abs(theirs["loss"] - ours["loss"]) / abs(theirs["loss"])
+        others = common.quartiles(theirs["seconds"], 1e3)
+        # Processes of their own have no rounds to pair: the ratio is that of the medians.
+        ratio = common.exactly(seconds["median"] / others["median"])
+        yield common.Row(setting, "ms", seconds, beside, others, ratio, more={"loss_difference": difference})
+        yield common.compare_exactly(setting, "MiB", ours["peak_mib"], beside, theirs["peak_mib"])
 
 
-def _run(name, number, arguments):
-    command = [sys.executable, __file__, "--one", name, "--samples", str(number)]
-    command += ["--width", str(arguments.width), "--repeats", str(arguments.repeats)]
+def _run(name: str, number: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.relational", "--one", name, "--samples", str(number)]
+    command += ["--width", str(arguments.width), "--rounds", str(arguments.rounds)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
@@ -77,29 +52,20 @@ def _draw(number, width):
     return rng.standard_normal((number, width), np.float32), rng.standard_normal((number, width), np.float32)
 
 
-def _peak_mib():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+def _seconds(run: Callable[[], Any], rounds: int) -> list[float]:
+    return common.time_in_turn({"": run}, rounds)[0][""]
 
 
-def _repeat(run, repeats):
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
-
-def measure_jax(number: int, width: int, repeats: int) -> dict[str, float]:
+def measure_jax(number: int, width: int, rounds: int) -> dict[str, Any]:
     """Measures `dilbert_jax.relational.angle_loss`.
 
     Args:
-        number: samples N.
-        width: D.
-        repeats: timed runs, after one that compiles.
+      number: samples N.
+      width: D.
+      rounds: timed runs, after one that does not count.
 
     Returns:
-        Median seconds, peak memory (compilation included), seconds to compile, loss.
+      Seconds of each, MiB of memory at the peak, loss.
     """
     import jax
 
@@ -107,55 +73,74 @@ def measure_jax(number: int, width: int, repeats: int) -> dict[str, float]:
 
     student, teacher = (jax.device_put(array) for array in _draw(number, width))
     jax.block_until_ready((student + 1, teacher))
-    before = _peak_mib()
-    start = time.perf_counter()
+    before = common.resident_mib("jax")
     run = jax.jit(jax.value_and_grad(angle_loss)).lower(student, teacher).compile()
-    compile_seconds = time.perf_counter() - start
-    loss, _ = jax.block_until_ready(run(student, teacher))
-    seconds = _repeat(lambda: jax.block_until_ready(run(student, teacher)), repeats)
-    return {
-        "seconds": seconds,
-        "peak_mib": _peak_mib() - before,
-        "compile_seconds": compile_seconds,
-        "loss": float(loss),
-    }
+    common.reset_peak("jax")  # without what compiling needed
+    seconds = _seconds(lambda: jax.block_until_ready(run(student, teacher)), rounds)
+    peak = common.peak_mib("jax") - before
+    return {"seconds": seconds, "peak_mib": peak, "loss": float(run(student, teacher)[0])}
 
 
-def measure_torch(number: int, width: int, repeats: int) -> dict[str, float]:
+def measure_torch(number: int, width: int, rounds: int) -> dict[str, Any]:
     """Measures the usual PyTorch form: all N^2 edges, normalized, and their N products of N x N.
 
     Args:
-        number: samples N.
-        width: D.
-        repeats: timed runs, after one to warm up; at most 3.
+      number: samples N.
+      width: D.
+      rounds: timed runs, after one that does not count; at most 3.
 
     Returns:
-        Median seconds, peak memory, loss.
+      As `measure_jax`.
     """
     import torch
     from torch.nn import functional
 
-    student, teacher = (torch.from_numpy(array) for array in _draw(number, width))
+    device = common.torch_device()
+    student, teacher = (torch.from_numpy(array).to(device) for array in _draw(number, width))
     student.requires_grad_()
 
-    def cosines(vectors):
+    def cosines(vectors: Any) -> Any:
         edges = functional.normalize(vectors.unsqueeze(0) - vectors.unsqueeze(1), p=2, dim=2)
         return torch.bmm(edges, edges.transpose(1, 2)).view(-1)
 
-    def run():
+    def run() -> float:
         student.grad = None
         with torch.no_grad():
             target = cosines(teacher)
         loss = functional.smooth_l1_loss(cosines(student), target)
         loss.backward()
-        return loss
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return float(loss.detach())
 
-    before = _peak_mib()
-    loss = float(run().detach())
-    return {"seconds": _repeat(run, min(repeats, 3)), "peak_mib": _peak_mib() - before, "loss": loss}
+    before = common.resident_mib("torch")
+    common.reset_peak("torch")
+    seconds = _seconds(run, min(rounds, 3))
+    return {"seconds": seconds, "peak_mib": common.peak_mib("torch") - before, "loss": run()}
 
 
 MEASUREMENTS = {"jax": measure_jax, "torch": measure_torch}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--samples", type=int, nargs="+", default=SAMPLES)
+    parser.add_argument("--largest-usual", type=int, default=512, help="N up to which the usual form runs")
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--one", choices=sorted(MEASUREMENTS), help=argparse.SUPPRESS)
+
+
+def main() -> None:
+    if "--one" in sys.argv:
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        parser.add_argument("--rounds", type=int)
+        arguments = parser.parse_args()
+        print(
+            json.dumps(MEASUREMENTS[arguments.one](arguments.samples[0], arguments.width, arguments.rounds))
+        )
+    else:
+        common.main(__doc__, measure, add_arguments, rounds=5)
+
 
 if __name__ == "__main__":
     main()

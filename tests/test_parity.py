@@ -29,7 +29,7 @@ from dilbert_jax.parity import compare, names, torch_losses
 from dilbert_jax.parity.__main__ import main
 from dilbert_jax.parity.convert import import_network, read_tensors
 from dilbert_jax.parity.torch_model import TorchDilbert, attend
-from dilbert_jax.parity.torch_training import MutualTraining, clip_global_norm, learning_rate
+from dilbert_jax.parity.torch_training import Training, clip_global_norm, learning_rate
 from dilbert_jax.relational import angle_loss, distance_loss
 from dilbert_jax.training.checkpoints import StageCheckpoints
 from dilbert_jax.training.loop import network_params
@@ -209,14 +209,16 @@ def test_adamw_trains_and_frozen_networks_stay():
     networks = {name: TorchDilbert(FLAT) for name in NETWORKS}
     frozen = {name: TorchDilbert(FLAT) for name in NETWORKS}
     before = {name: value.clone() for name, value in frozen["student"].state_dict().items()}
-    training = MutualTraining(
-        networks, frozen, LossConfig(), OptimizerConfig("adamw", 3e-3, warmup_fraction=0.1), 12
-    )
+
+    def objective(batch):
+        return torch_losses.mutual_objective(networks, frozen, batch, LossConfig())
+
+    training = Training(networks, objective, OptimizerConfig("adamw", 3e-3, warmup_fraction=0.1), 12)
     losses = [training.update(batch)["loss"].item() for _ in range(12)]
     assert losses[-1] < losses[0]
     assert all(bool((before[name] == value).all()) for name, value in frozen["student"].state_dict().items())
     with pytest.raises(ValueError, match="'lamb'"):
-        MutualTraining(networks, frozen, LossConfig(), OptimizerConfig("lamb"), 12)
+        Training(networks, objective, OptimizerConfig("lamb"), 12)
 
 
 # --- options ----------------------------------------------------------------------------------------------
@@ -237,7 +239,7 @@ def test_the_comparison_knows_every_option():
     known = (
         "vocab_size num_organs num_conditions num_findings num_classes num_region_classes num_entities hidden_size "
         "num_layers num_heads ffn_size dropout max_tokens max_steps video channels blocks stem_patch region_bins "
-        "tnt_mode temporal_position mdc_target order dtype"
+        "tnt_mode temporal_position mdc_target order dtype remat unroll"  # the last two: how it is compiled, not what
     )
     assert {field.name for field in dataclasses.fields(DilbertConfig)} == set(known.split())
 

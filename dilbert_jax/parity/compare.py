@@ -26,7 +26,7 @@ from dilbert_jax.input_pipeline import training_batches
 from dilbert_jax.models import Dilbert, DilbertConfig
 from dilbert_jax.parity import MISSING_EXTRA, torch_losses, torch_model
 from dilbert_jax.parity.names import from_torch, to_torch
-from dilbert_jax.parity.torch_training import MutualTraining, to_tensors
+from dilbert_jax.parity.torch_training import Training, to_tensors
 from dilbert_jax.random_inputs import random_batch, random_model, random_names
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -449,10 +449,11 @@ def compare_training(
     frozen = jax.tree.map(jnp.asarray, dict(start))
     # Optax computes the rate in float32 inside of a step: both frameworks get that one.
     schedule = jax.jit(make_schedule(setting.optimizer, num_steps))
-    theirs = MutualTraining(
-        {name: make_torch(p, config) for name, p in start.items()},
-        {name: make_torch(p, config) for name, p in start.items()},
-        loss,
+    networks = {name: make_torch(p, config) for name, p in start.items()}
+    snapshots = {name: make_torch(p, config).requires_grad_(False) for name, p in start.items()}
+    theirs = Training(
+        networks,
+        lambda batch: torch_losses.mutual_objective(networks, snapshots, batch, loss),
         setting.optimizer,
         num_steps,
         rate=lambda step: float(schedule(jnp.int32(step))),

@@ -1,4 +1,4 @@
-"""The mutual stage in PyTorch: two networks, an optimizer each, the update of `dilbert_jax.training`."""
+"""Training in PyTorch: networks, an optimizer each, the update of `dilbert_jax.training`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 
 from dilbert_jax.parity import MISSING_EXTRA
-from dilbert_jax.parity.torch_losses import mutual_objective
 from dilbert_jax.parity.torch_model import TorchDilbert
 from dilbert_jax.training.optimizer import OptimizerConfig
-from dilbert_jax.training.step import LossConfig
 
 try:
     import torch
@@ -79,20 +77,18 @@ def clip_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Ten
     return norm
 
 
-class MutualTraining:
-    """The mutual stage: both networks under equation (13), each with its own optimizer.
+class Training:
+    """Networks under one objective, each with its own optimizer.
 
     Attributes:
-      networks: "teacher" and "student"; updated in place.
-      frozen: their snapshots.
+      networks: by name; updated in place.
       steps_done: updates made so far.
     """
 
     def __init__(
         self,
         networks: Mapping[str, TorchDilbert],
-        frozen: Mapping[str, TorchDilbert],
-        loss: LossConfig,
+        objective: Callable[[Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]],
         optimizer: OptimizerConfig,
         num_steps: int,
         rate: Callable[[int], float] | None = None,
@@ -101,8 +97,7 @@ class MutualTraining:
 
         Args:
           networks: trained in place, in the mode (train or eval) that they are in.
-          frozen: snapshots.
-          loss: weights and switches.
+          objective: batch -> (sum of the networks' losses, terms as "network/term").
           optimizer: settings; coupled weight decay for sgd, after clipping.
           num_steps: updates of the stage.
           rate: step -> learning rate, in place of `learning_rate`.
@@ -110,7 +105,7 @@ class MutualTraining:
         Raises:
           ValueError: an unknown optimizer.
         """
-        self.networks, self.frozen, self.loss, self.config = networks, frozen, loss, optimizer
+        self.networks, self.config, self._objective = networks, optimizer, objective
         self._rate = rate or (lambda step: learning_rate(optimizer, step, num_steps))
         self.steps_done = 0
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -131,11 +126,9 @@ class MutualTraining:
             # Without a gradient PyTorch skips a parameter; Optax decays it all the same.
             for parameter in network.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-        for network in frozen.values():
-            network.requires_grad_(False)
 
     def update(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One update of both networks.
+        """One update of all networks.
 
         Args:
           batch: from `to_tensors`.
@@ -145,7 +138,7 @@ class MutualTraining:
         """
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=False)
-        loss, metrics = mutual_objective(self.networks, self.frozen, batch, self.loss)
+        loss, metrics = self._objective(batch)
         loss.backward()
         rate = self._rate(self.steps_done)
         for name, optimizer in self.optimizers.items():

@@ -1,0 +1,1 @@
+"""Parts timed beside their usual form: `python -m benchmarks` runs all of them."""
