@@ -19,8 +19,7 @@ from benchmarks import common
 
 # Name -> (arguments, arguments with --quick: fewer sizes and rounds, for a few minutes on an accelerator).
 BENCHMARKS: dict[str, tuple[list[str], list[str]]] = {
-    "training_step": ([], ["--presets", "base", "--rounds", "5"]),
-    "memory": ([], ["--presets", "base"]),
+    "training_step": ([], ["--presets", "base", "--rounds", "5", "--turns", "1"]),
     "transformer": ([], ["--rounds", "5"]),
     "annotate": ([], ["--presets", "base", "--rounds", "5"]),
     "relational": ([], ["--samples", "128", "512", "2048", "--rounds", "3"]),
@@ -29,7 +28,7 @@ BENCHMARKS: dict[str, tuple[list[str], list[str]]] = {
     "input_pipeline": ([], ["--rounds", "2"]),
     "start": ([], ["--rounds", "1"]),
 }
-WITH_DTYPE = ("training_step", "memory", "transformer")
+WITH_DTYPE = ("training_step", "transformer")
 OUTPUT = pathlib.Path(__file__).resolve().parents[1] / "docs" / "results" / "benchmarks"
 
 

@@ -11,6 +11,7 @@ import os
 import pathlib
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ import numpy as np
 
 # What needs JAX is imported where it is used: a worker process of the input pipeline imports this file.
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "grain", "torch")
 
 
@@ -120,6 +122,13 @@ def time_in_turn(
     return seconds, first
 
 
+def measure_in_process(benchmark: str, contender: str, options: Sequence[str]) -> dict[str, Any]:
+    """What `measure_alone` of a benchmark finds for one contender, in a fresh process."""
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--one", contender, *options]
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    return json.loads(found.stdout.splitlines()[-1])
+
+
 def has_torch() -> bool:
     """Whether PyTorch is installed: without it, what would stand beside it is left out."""
     return importlib.util.find_spec("torch") is not None
@@ -203,6 +212,7 @@ def main(
     measure: Callable[[argparse.Namespace], Iterator[Row]],
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
     rounds: int = 9,
+    measure_alone: Callable[[argparse.Namespace], dict[str, Any]] | None = None,
 ) -> None:
     """The command of a benchmark: parses the arguments, measures, prints the table, writes the JSON.
 
@@ -211,12 +221,17 @@ def main(
       measure: arguments -> rows.
       add_arguments: those of this benchmark alone.
       rounds: the default of --rounds.
+      measure_alone: what `measure_in_process` asks of this command, for the contender `arguments.one`.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help="timed runs of each contender")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
     add_arguments(parser)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.one and measure_alone:
+        print(json.dumps(measure_alone(arguments)))
+        return
     load = os.getloadavg()[0]
     print(f"{doc.splitlines()[0]}\n\n{HEAD}", flush=True)
     rows = []
@@ -224,7 +239,7 @@ def main(
         rows.append(row)
         print(render(row), flush=True)
     if arguments.json:
-        settings = {k: v for k, v in vars(arguments).items() if k != "json"}
+        settings = {k: v for k, v in vars(arguments).items() if k not in ("json", "one")}
         record = {"title": doc.splitlines()[0], "about": describe(load) | {"arguments": settings}}
         record["rows"] = [dataclasses.asdict(row) for row in rows]
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

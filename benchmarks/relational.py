@@ -10,9 +10,6 @@ cosines and N^2 x D edges: it runs up to --largest-usual samples. From there on,
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,9 +37,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[common.Row]:
 
 
 def _run(name: str, number: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.relational", "--one", name, "--samples", str(number)]
-    command += ["--width", str(arguments.width), "--rounds", str(arguments.rounds)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    options = ["--samples", str(number), "--width", str(arguments.width), "--rounds", str(arguments.rounds)]
+    return common.measure_in_process("relational", name, options)
 
 
 def _draw(number, width):
@@ -126,21 +122,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=SAMPLES)
     parser.add_argument("--largest-usual", type=int, default=512, help="N up to which the usual form runs")
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--one", choices=sorted(MEASUREMENTS), help=argparse.SUPPRESS)
 
 
-def main() -> None:
-    if "--one" in sys.argv:
-        parser = argparse.ArgumentParser()
-        add_arguments(parser)
-        parser.add_argument("--rounds", type=int)
-        arguments = parser.parse_args()
-        print(
-            json.dumps(MEASUREMENTS[arguments.one](arguments.samples[0], arguments.width, arguments.rounds))
-        )
-    else:
-        common.main(__doc__, measure, add_arguments, rounds=5)
+def measure_alone(arguments: argparse.Namespace) -> dict[str, Any]:
+    return MEASUREMENTS[arguments.one](arguments.samples[0], arguments.width, arguments.rounds)
 
 
 if __name__ == "__main__":
-    main()
+    common.main(__doc__, measure, add_arguments, rounds=5, measure_alone=measure_alone)

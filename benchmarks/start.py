@@ -21,7 +21,6 @@ from collections.abc import Iterator
 
 from benchmarks import common
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 WANTED = {"nothing prepared": "", "cold": "<= 40", "warm": "<= 12"}
 
 
@@ -39,7 +38,11 @@ def measure(arguments: argparse.Namespace) -> Iterator[common.Row]:
 
 def _first_step(workdir: pathlib.Path, data: pathlib.Path, cache: pathlib.Path) -> float:
     """Seconds from the start of the process to the first line of its log."""
-    command = [sys.executable, str(ROOT / "train.py"), f"--config={ROOT / 'configs' / 'quickstart.py'}"]
+    command = [
+        sys.executable,
+        str(common.ROOT / "train.py"),
+        f"--config={common.ROOT / 'configs' / 'quickstart.py'}",
+    ]
     command += [f"--workdir={workdir}", f"--config.data.data_dir={data}"]
     workdir.mkdir()
     log = workdir / "metrics.jsonl"

@@ -1,20 +1,25 @@
-"""Training steps: the whole update in JAX and in PyTorch, eager and compiled.
+"""Training steps: time and peak memory of the whole update in JAX and in PyTorch, eager and compiled.
 
     python -m benchmarks.training_step --presets small base
 
 Both start from the same weights and see the same batch, with the preset's dropout and the same optimizer (AdamW with
 clipped gradients). `mutual` is the step of mutual learning: two trained and two frozen networks, all terms of equation
-(13). `pre-training` is one network and the four tasks. With --dtype bfloat16, JAX computes in bfloat16 and PyTorch
-under autocast. Where another process shares the cores, set OMP_NUM_THREADS=1: PyTorch's threads wait by spinning.
+(13). `pre-training` is one network and the four tasks. Each contender has a process, and so the machine, for itself;
+their processes take turns. The peak is that of the updates after the first: the resident size with framework, weights,
+optimizer and batch, or, on a GPU, what the framework has allocated there. With --dtype bfloat16, JAX computes in
+bfloat16 and PyTorch under autocast.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
-import gc
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -84,8 +89,6 @@ def make_torch(
     config: ml_collections.ConfigDict, stage: str, networks: Any, batch: Any, compiled: bool
 ) -> Callable[[], float]:
     """The same update in PyTorch."""
-    import dataclasses
-
     import torch
 
     from dilbert_jax.parity import compare, torch_losses
@@ -119,47 +122,63 @@ def make_torch(
     return run
 
 
-def contenders() -> tuple[str, ...]:
-    return ("JAX", "PyTorch eager", "PyTorch compiled") if common.has_torch() else ("JAX",)
-
-
 def make(
     name: str, config: ml_collections.ConfigDict, stage: str, networks: Any, batch: Any
 ) -> Callable[[], float]:
-    """The contender of this name."""
+    """The contender of this name: each call is one update and returns its loss."""
     if name == "JAX":
         return make_jax(config, stage, networks, batch)
     return make_torch(config, stage, networks, batch, compiled=name == "PyTorch compiled")
 
 
-def prepare(
-    preset: str, stage: str, names: Sequence[str], batch_size: int | None, dtype: str
-) -> dict[str, Callable[[], float]]:
-    """Contenders at the same start: each call is one update and returns its loss."""
-    config = make_config(preset, batch_size, dtype)
-    networks, batch = init_networks(config), random_batch(config, np.random.default_rng(0))
-    return {name: make(name, config, stage, networks, batch) for name in names}
+def measure_alone(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One contender in this process: seconds of every round, MiB at the peak, loss and seconds of the first update."""
+    config = make_config(arguments.presets[0], arguments.batch_size, arguments.dtype)
+    batch = random_batch(config, np.random.default_rng(0))
+    run = make(arguments.one, config, arguments.stages[0], init_networks(config), batch)
+    start = time.perf_counter()
+    loss = run()
+    first = time.perf_counter() - start
+    framework = "jax" if arguments.one == "JAX" else "torch"
+    common.reset_peak(framework)  # without what compiling needed
+    # PyTorch compiles a second time where the gradients of the first update stand: that round does not count.
+    seconds, _ = common.time_in_turn({"": run}, arguments.rounds)
+    return {"seconds": seconds[""], "peak_mib": common.peak_mib(framework), "loss": loss, "first_s": first}
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[common.Row]:
-    names = [name for name in contenders() if not (arguments.no_compile and name == "PyTorch compiled")]
+    names = ["JAX"] + ["PyTorch eager", "PyTorch compiled"] * common.has_torch()
+    if arguments.no_compile and "PyTorch compiled" in names:
+        names.remove("PyTorch compiled")
     for preset, stage in itertools.product(arguments.presets, arguments.stages):
-        runs = prepare(preset, stage, names, arguments.batch_size, arguments.dtype)
-        losses = {name: run() for name, run in runs.items()}
-        seconds, _ = common.time_in_turn(runs, arguments.rounds)
+        options = ["--presets", preset, "--stages", stage, "--dtype", arguments.dtype]
+        options += ["--rounds", str(arguments.rounds)]
+        options += ["--batch-size", str(arguments.batch_size)] if arguments.batch_size else []
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        with tempfile.TemporaryDirectory() as folder:  # a later turn need not compile again
+            os.environ.update(JAX_COMPILATION_CACHE_DIR=folder, TORCHINDUCTOR_CACHE_DIR=folder)
+            for _, name in itertools.product(range(arguments.turns), names):
+                found[name].append(common.measure_in_process("training_step", name, options))
+        seconds = {name: [s for turn in turns for s in turn["seconds"]] for name, turns in found.items()}
+        peaks = {name: max(turn["peak_mib"] for turn in turns) for name, turns in found.items()}
+        more = {
+            "first_update_loss": {name: turns[0]["loss"] for name, turns in found.items()},
+            "first_update_s": {name: turns[0]["first_s"] for name, turns in found.items()},
+        }
         setting = f"{preset}, {stage}, batch {arguments.batch_size or SHAPES[preset][2]}"
         if not names[1:]:
-            yield common.Row(setting, "ms", common.quartiles(seconds["JAX"], 1e3))
+            yield common.Row(setting, "ms", common.quartiles(seconds["JAX"], 1e3), more=more)
+            yield common.compare_exactly(setting, "MiB", peaks["JAX"])
         for name in names[1:]:
             wanted = "<= 1.2" if name == "PyTorch eager" and preset in ("small", "base") else ""
-            yield common.compare(setting, seconds, "JAX", name, wanted, first_losses=losses)
-        del runs
-        gc.collect()
+            yield common.compare(setting, seconds, "JAX", name, wanted, **more)
+            yield common.compare_exactly(setting, "MiB", peaks["JAX"], name, peaks[name])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--presets", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--turns", type=int, default=3, help="processes of each contender, in turn")
     parser.add_argument("--batch-size", type=int, help="default: 16, for the base preset 4")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
@@ -168,4 +187,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    common.main(__doc__, measure, add_arguments)
+    common.main(__doc__, measure, add_arguments, rounds=5, measure_alone=measure_alone)

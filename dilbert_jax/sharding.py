@@ -7,6 +7,7 @@ whole batch and compiled by `jax.jit`; what crosses devices follows from these s
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -161,15 +162,45 @@ def constrain(x: jax.Array, *axes: Axes) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _dividing(axes, x.shape, mesh.shape))
 
 
-def gathered_dot(*axes: Axes) -> Callable[..., jax.Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(parameter: jax.Array, stored: tuple[Axes, ...], used: tuple[Axes, ...]) -> jax.Array:
+    """Brings the parts of a parameter together before it is used; the sum of its gradients is shared out again.
+
+    The derivative of a plain constraint would bring every device the whole gradient, of which it keeps its part.
+
+    Args:
+      parameter: of any shape.
+      stored: mesh axes of its dimensions in `RULES`.
+      used: those that it keeps, such as (None, "tensor").
+    """
+    return constrain(parameter, *used)
+
+
+def _gather_forward(
+    parameter: jax.Array, stored: tuple[Axes, ...], used: tuple[Axes, ...]
+) -> tuple[jax.Array, None]:
+    return constrain(parameter, *used), None
+
+
+def _gather_backward(
+    stored: tuple[Axes, ...], used: tuple[Axes, ...], residual: None, gradient: jax.Array
+) -> tuple[jax.Array]:
+    return (constrain(gradient, *stored),)
+
+
+gather.defvjp(_gather_forward, _gather_backward)
+
+
+def gathered_dot(*stored: Axes) -> Callable[..., jax.Array]:
     """A `dot_general` for Flax layers whose kernel devices share: it is gathered over `fsdp` before it is used.
 
     Args:
-      axes: how the gathered kernel's dimensions are split, such as (None, "tensor").
+      stored: mesh axes of the kernel's dimensions in `RULES`, such as ("fsdp", "tensor").
     """
+    used = tuple(None if axis == "fsdp" else axis for axis in stored)
 
     def dot(x: jax.Array, kernel: jax.Array, *arguments: Any, **options: Any) -> jax.Array:
-        return jax.lax.dot_general(x, constrain(kernel, *axes), *arguments, **options)
+        return jax.lax.dot_general(x, gather(kernel, stored, used), *arguments, **options)
 
     return dot
 

@@ -70,8 +70,7 @@ def test_an_unknown_benchmark_is_named():
 @pytest.mark.parametrize("name", sorted(BENCHMARKS.keys() - {"start", "input_pipeline"}))
 def test_a_benchmark_runs_at_its_smallest(name, tmp_path):
     smallest = {
-        "training_step": ["--presets", "tiny", "--no-compile"],
-        "memory": ["--presets", "tiny"],
+        "training_step": ["--presets", "tiny", "--turns", "1", "--no-compile"],
         "transformer": ["--preset", "tiny", "--side", "256"],
         "annotate": ["--presets", "tiny", "--batch-size", "2"],
         "relational": ["--samples", "32"],

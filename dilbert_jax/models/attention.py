@@ -13,9 +13,9 @@ from dilbert_jax.sharding import BATCH, constrain, gathered_dot
 
 Array = jax.Array
 LAYER_NORM_EPSILON = 1e-12
-Dense = functools.partial(nn.Dense, dot_general=gathered_dot())
+Dense = functools.partial(nn.Dense, dot_general=gathered_dot("fsdp", None))
 # Heads and the feed-forward layer are split over devices; the next layer brings the parts together.
-TO_TENSOR, FROM_TENSOR = gathered_dot(None, "tensor"), gathered_dot("tensor", None)
+TO_TENSOR, FROM_TENSOR = gathered_dot("fsdp", "tensor"), gathered_dot("tensor", "fsdp")
 
 
 def at_least_float32(dtype: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from dilbert_jax.models.attention import Dense
-from dilbert_jax.sharding import constrain
+from dilbert_jax.sharding import gather
 
 Array = jax.Array
 
@@ -220,8 +220,9 @@ class Conv3D(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (*self.kernel_size, x.shape[-1], self.features)
-        kernel = constrain(self.param("kernel", nn.initializers.he_normal(), shape))
-        y = conv3d(x.astype(self.dtype), kernel.astype(self.dtype), self.strides)
+        kernel = self.param("kernel", nn.initializers.he_normal(), shape).astype(self.dtype)
+        kernel = gather(kernel, (None, None, None, None, "fsdp"), ())
+        y = conv3d(x.astype(self.dtype), kernel, self.strides)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return y

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from dilbert_jax.models.attention import LAYER_NORM_EPSILON, Dense
 from dilbert_jax.models.regions import region_geometry
-from dilbert_jax.sharding import constrain
+from dilbert_jax.sharding import Axes, gather
 
 Array = jax.Array
 NUM_TOKEN_TYPES = 6  # outside an entity, organ, region, finding, descriptor, condition
@@ -22,6 +22,7 @@ class Embedding(nn.Module):
     size: int
     hidden_size: int
     dtype: Any = jnp.float32
+    stored: tuple[Axes, ...] = (None, "fsdp")
 
     def setup(self) -> None:
         shape = (self.size, self.hidden_size)
@@ -29,7 +30,7 @@ class Embedding(nn.Module):
 
     def table(self) -> Array:
         """[size, D], whole on every device."""
-        return constrain(self.embedding.astype(self.dtype))
+        return gather(self.embedding.astype(self.dtype), self.stored, ())
 
     def __call__(self, index: Array) -> Array:
         """int [...] -> [..., D]."""
@@ -50,7 +51,7 @@ class EntityEmbedding(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        self.word = Embedding(self.vocab_size, self.hidden_size, self.dtype)
+        self.word = Embedding(self.vocab_size, self.hidden_size, self.dtype, ("tensor", "fsdp"))
         self.position = Embedding(self.max_tokens, self.hidden_size, self.dtype)
         self.token_type = Embedding(NUM_TOKEN_TYPES, self.hidden_size, self.dtype)
         self.norm = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)
@@ -88,7 +89,7 @@ class DescriptionEmbedding(nn.Module):
         if self.position:
             init = nn.initializers.normal(0.02)
             position = self.param("position", init, (self.max_steps, self.hidden_size))
-            x = x + constrain(position.astype(self.dtype))[:steps]
+            x = x + gather(position.astype(self.dtype), (None, "fsdp"), ())[:steps]
         x = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(x)
         return nn.Dropout(self.dropout)(x, deterministic=deterministic)
 
