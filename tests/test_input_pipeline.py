@@ -14,15 +14,13 @@ import grain
 import numpy as np
 import pytest
 
+from dilbert_jax.augmentation import LEAST_VISIBLE, SMALLEST_CROP, augment
+from dilbert_jax.boxes import box_iou
 from dilbert_jax.clips import ClipStore, Study
 from dilbert_jax.input_pipeline import (
-    LEAST_VISIBLE,
     MASK_RATE,
-    SMALLEST_CROP,
     ExampleBuilder,
     InputSpec,
-    augment,
-    box_iou,
     choose_share,
     entity_statuses,
     evaluation_batches,

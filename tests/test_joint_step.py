@@ -13,6 +13,7 @@ from tiny import CONFIG, NAMES, init_params, make_batch, to_device
 from dilbert_jax import losses, relational
 from dilbert_jax.models import Dilbert
 from dilbert_jax.training import step as steps
+from dilbert_jax.training.accumulation import Accumulation, accumulate
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 pytestmark = pytest.mark.numerics
@@ -236,20 +237,20 @@ def test_micro_batches_add_up_to_the_batch(stage, k):
     objective = functools.partial(steps.mutual_objective, MODEL, LOSS)
     how = steps.mutual_accumulation(MODEL, LOSS, k, relate=True)
     if stage == "pretraining":
-        how = steps.Accumulation(k, how.masks)
+        how = Accumulation(k, how.masks)
 
         def objective(p, f, b, r, *part):
             return steps.pretraining_objective(MODEL, LOSS, p, f["teacher"], b, r, *part)
 
     elif stage == "annotation":
         masks = functools.partial(steps.annotation_masks, entity_of_region=entity_of_region)
-        how = steps.Accumulation(k, masks)
+        how = Accumulation(k, masks)
 
         def objective(p, f, b, r, *part):
             return steps.annotation_objective(MODEL, LOSS, p, NAMES, entity_of_region, b, r, *part)
 
     whole = jax.jit(jax.value_and_grad(objective, has_aux=True))
-    parts = jax.jit(functools.partial(steps.accumulate, objective, how))
+    parts = jax.jit(functools.partial(accumulate, objective, how))
     (loss, metrics), gradient = whole(networks, frozen, batch, RNG)
     (other_loss, other_metrics), other_gradient = parts(networks, frozen, batch, RNG)
     assert metrics.keys() == other_metrics.keys()
@@ -264,9 +265,7 @@ def test_relations_within_micro_batches_are_another_loss():
     networks = {name: init_params(i, SMALL) for i, name in enumerate(steps.NETWORKS)}
     objective = functools.partial(steps.mutual_objective, MODEL, LOSS)
     how = steps.mutual_accumulation(MODEL, LOSS, 2, relate=False)
-    (_, parts), _ = jax.jit(functools.partial(steps.accumulate, objective, how))(
-        networks, networks, batch, RNG
-    )
+    (_, parts), _ = jax.jit(functools.partial(accumulate, objective, how))(networks, networks, batch, RNG)
     halves = [{name: x[i::2] for name, x in batch.items()} for i in range(2)]
     mean = np.mean([objective(networks, networks, half, RNG)[1]["student/angle"] for half in halves])
     np.testing.assert_allclose(parts["student/angle"], mean, rtol=1e-5)

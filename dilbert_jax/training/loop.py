@@ -25,6 +25,7 @@ from dilbert_jax.experiment import Experiment
 from dilbert_jax.input_pipeline import evaluation_batches, training_batches
 from dilbert_jax.sharding import local_part, make_mesh, put, put_batch, replicated, shardings
 from dilbert_jax.training import step as steps
+from dilbert_jax.training.accumulation import Accumulation, Part
 from dilbert_jax.training.checkpoints import StageCheckpoints
 from dilbert_jax.training.interrupt import DeferredInterrupt
 from dilbert_jax.training.log import MetricsLog
@@ -61,7 +62,7 @@ class Stage:
     num_steps: int
     steps_per_epoch: float
     batches: Any
-    accumulation: steps.Accumulation | None = None
+    accumulation: Accumulation | None = None
 
 
 def train(experiment: Experiment, workdir: pathlib.Path) -> None:
@@ -141,16 +142,16 @@ def _make_stage(name: str, experiment: Experiment, params: Mapping[str, Any], me
     start: dict[str, Any]
     frozen: Any
     parts_of_step = train_config.num_micro_batches
-    accumulation: steps.Accumulation | None = None
+    accumulation: Accumulation | None = None
     if parts_of_step > 1:
         masks = functools.partial(steps.task_masks, config=loss)
-        accumulation = steps.Accumulation(parts_of_step, masks)
+        accumulation = Accumulation(parts_of_step, masks)
     if name in NETWORKS:
         start = {name: _initial_params(context, seed, mesh)}
         taught = name == "student" and "teacher" in params and not train_config.independent_student
         frozen = {"teacher": params["teacher"]} if taught else {}
 
-        def objective(p: Any, f: Any, b: Any, r: Any, *part: steps.Part) -> Any:
+        def objective(p: Any, f: Any, b: Any, r: Any, *part: Part) -> Any:
             return steps.pretraining_objective(model, loss, p, f.get("teacher"), b, r, *part)
 
     elif name == "mutual":
@@ -167,9 +168,9 @@ def _make_stage(name: str, experiment: Experiment, params: Mapping[str, Any], me
         entity_of_region = jnp.asarray(context.entity_of_region)
         if accumulation:
             masks = functools.partial(steps.annotation_masks, entity_of_region=entity_of_region)
-            accumulation = steps.Accumulation(parts_of_step, masks)
+            accumulation = Accumulation(parts_of_step, masks)
 
-        def objective(p: Any, f: Any, b: Any, r: Any, *part: steps.Part) -> Any:
+        def objective(p: Any, f: Any, b: Any, r: Any, *part: Part) -> Any:
             return steps.annotation_objective(model, loss, p, names, entity_of_region, b, r, *part)
 
     return Stage(name, objective, start, frozen, optimizer, num_steps, per_epoch, batches, accumulation)
