@@ -13,7 +13,7 @@ _CALLED = re.compile(
     r"(?:to_apply|calls|called_computations=\{|branch_computations=\{)=?([^,)}]*(?:, ?%[\w.\-]+)*)"
 )
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_CONSTANT = re.compile(r"= s32\[\][^=]* constant\((\d+)\)")
+_CONSTANT = re.compile(r"= [su]32\[\][^=]* constant\((\d+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(.*?\), channel_id=(\d+)")
 
@@ -118,6 +118,7 @@ def _size(shape: str, starts: bool) -> int:
     sizes = [
         _BYTES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
         for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
+        if dims or not starts  # the start of a permutation holds two counters too
     ]
     return sum(sizes[len(sizes) // 2 :] if starts else sizes)
 
