@@ -24,14 +24,13 @@ from tqdm import tqdm
 from dilbert_jax.annotation import Thresholds, annotate_clips
 from dilbert_jax.experiment import ModelContext, load_context
 from dilbert_jax.media import Clip, MediaError, find_media, read_clip
-from dilbert_jax.report import render_annotation, render_index
+from dilbert_jax.report import PAGE_SIDE, render_annotation, render_index
 from dilbert_jax.run import use_compilation_cache
 from dilbert_jax.training.loop import network_params
 from dilbert_jax.training.step import NETWORKS
 
 MAX_FRAMES = 128  # the paper's limit of serialized images a clip
 BATCH_SIZE = 8
-PAGE_SIDE = 480  # pixels; annotation.html shows no larger frames
 
 
 class Annotator:

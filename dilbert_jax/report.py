@@ -20,8 +20,9 @@ from dilbert_jax.evaluation import figures, match_figures
 from dilbert_jax.knowledge import KnowledgeGraph
 
 MAX_EMBEDDED_FRAMES = 128
+PAGE_SIDE = 480  # pixels of the longer side of a frame, at most
 # (longest side in pixels, JPEG quality), tried in this order until a clip fits the budget.
-_LADDER = ((480, 85), (480, 75), (420, 70), (360, 65), (300, 60), (240, 50))
+_LADDER = ((PAGE_SIDE, 85), (PAGE_SIDE, 75), (420, 70), (360, 65), (300, 60), (240, 50))
 _BYTE_BUDGET = 5_200_000  # before base64, which adds a third
 _MAX_PLAYED_RATE, _STILLS_RATE = 30.0, 8.0
 _SHOWN_FINDINGS = 10
@@ -94,7 +95,7 @@ def render_annotation(
     }
     findings = sorted(annotation["findings"], key=lambda f: (not f["present"], -f["probability"]))
     shown = max(sum(f["present"] for f in findings), _SHOWN_FINDINGS)
-    height, width = _fit(frames.shape[1:], _LADDER[0][0])
+    height, width = _fit(frames.shape[1:], PAGE_SIDE)
     _render(
         "annotation.html",
         path,

@@ -83,6 +83,7 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
 ENTRY %main (q: f32[4]) -> f32[4] {
   %loop = (s32[], f32[4]) while(%t), condition=%condition, body=%body
   %all-reduce.1 = (f32[1000]{0}, f32[24]{0}) all-reduce(%g), channel_id=9, replica_groups=[2,16]<=[32], to_apply=%sum
+  %go = (bf16[16,768]{1,0}, bf16[16,768]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%g), channel_id=11
   ROOT %r = f32[4] fusion(%loop), kind=kLoop, calls=%sum, backend_config={"estimated_cycles":"5"}
 }
 """
@@ -91,10 +92,12 @@ ENTRY %main (q: f32[4]) -> f32[4] {
 def test_a_program_counts_loops_and_each_exchange_once():
     program = read_program(PROGRAM)
     assert program.cycles == 12 * 110 + 5
-    gather, reduce = sorted(program.collectives, key=lambda c: c.kind)
+    gather, reduce, permute = sorted(program.collectives, key=lambda c: c.kind)
     assert (gather.kind, gather.count) == ("all-gather", 12)
     assert gather.bytes == 12 * (128 * 64 * 2) * 15 / 16
     assert (reduce.kind, reduce.count, reduce.bytes) == ("all-reduce", 1, 2 * 15 / 16 * 4 * 1024)
+    assert (permute.kind, permute.count, permute.bytes) == ("collective-permute", 1, 16 * 768 * 2)
+    assert read_program(PROGRAM.replace("%bound = s32", "%bound = u32")).cycles == program.cycles
 
 
 def test_a_text_without_an_entry_and_a_loop_without_a_bound_are_refused():

@@ -65,8 +65,7 @@ def distance_loss(student: Tensor, teacher: Tensor, reduction: str = "mean") -> 
     """
     number = len(student)
     difference = _normalized_distances(student) - _normalized_distances(teacher.detach())
-    total = F.smooth_l1_loss(difference, torch.zeros_like(difference), reduction="sum")
-    return total / {"mean": number**2, "mean_valid": max(number * (number - 1), 1), "sum": 1}[reduction]
+    return _reduce(difference, number * (number - 1), reduction)
 
 
 def angle_loss(student: Tensor, teacher: Tensor, reduction: str = "mean") -> Tensor:
@@ -84,9 +83,13 @@ def angle_loss(student: Tensor, teacher: Tensor, reduction: str = "mean") -> Ten
     if reduction != "mean":
         same = torch.eye(number, dtype=torch.bool, device=student.device)
         difference = difference.masked_fill(same, 0.0)
+    return _reduce(difference, number * (number - 1) * (number - 2), reduction)
+
+
+def _reduce(difference: Tensor, distinct: int, reduction: str) -> Tensor:
+    """Huber loss of all differences, of which so many are of distinct samples."""
     total = F.smooth_l1_loss(difference, torch.zeros_like(difference), reduction="sum")
-    distinct = max(number * (number - 1) * (number - 2), 1)
-    return total / {"mean": number**3, "mean_valid": distinct, "sum": 1}[reduction]
+    return total / {"mean": difference.numel(), "mean_valid": max(distinct, 1), "sum": 1}[reduction]
 
 
 def pretraining_forward(network: TorchDilbert, batch: Batch) -> tuple[dict[str, Tensor], Encoded]:
