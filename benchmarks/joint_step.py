@@ -25,7 +25,7 @@ import optax
 from benchmarks import common
 from dilbert_jax import losses
 from dilbert_jax.config import default_config
-from dilbert_jax.models.dilbert import Dilbert
+from dilbert_jax.models import Dilbert
 from dilbert_jax.random_inputs import init_network, random_batch, random_model
 from dilbert_jax.relational import angle_loss, distance_loss
 from dilbert_jax.training import step as steps

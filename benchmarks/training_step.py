@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks import common
 from dilbert_jax.config import default_config
-from dilbert_jax.models.dilbert import Dilbert
+from dilbert_jax.models import Dilbert
 from dilbert_jax.random_inputs import init_network, random_batch, random_model
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer

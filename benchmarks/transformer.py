@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks import common, training_step
 from dilbert_jax.config import MODEL_PRESETS
 from dilbert_jax.flops import count_flops
-from dilbert_jax.models.dilbert import Dilbert
+from dilbert_jax.models import Dilbert
 from dilbert_jax.random_inputs import random_model
 from dilbert_jax.sharding import platform
 
@@ -45,7 +45,7 @@ def make_jax(
 
     def total(blocks: Any, streams: Any) -> jax.Array:
         streams = {name: x.astype(dtype) for name, x in streams.items()}
-        fused, _ = model.apply({"params": params | blocks}, streams, masks, True, method=Dilbert._fuse)
+        fused, _ = model.apply({"params": params | blocks}, streams, masks, True, method=Dilbert.fuse)
         return sum(x.astype(jnp.float32).mean() for x in fused.values())
 
     gradient = jax.value_and_grad(total, argnums=(0, 1))

@@ -20,7 +20,7 @@ from dilbert_jax.experiment import ModelContext
 from dilbert_jax.input_pipeline import Example, lay_grid, pad_frames
 from dilbert_jax.knowledge import describe
 from dilbert_jax.media import Clip
-from dilbert_jax.models import Dilbert
+from dilbert_jax.models import Network
 from dilbert_jax.training.step import VISUAL, annotation_forward
 
 SCHEMA = "dilbert-jax/annotation/1"
@@ -110,7 +110,7 @@ def build_visual(context: ModelContext, frames: np.ndarray) -> tuple[Example, np
     return example, placement.to_frame(boxes)
 
 
-def annotation_probabilities(model: Dilbert, params: Any, batch: Any, names: Any) -> dict[str, jax.Array]:
+def annotation_probabilities(model: Network, params: Any, batch: Any, names: Any) -> dict[str, jax.Array]:
     """What the network says of a batch of clips; pure, so that it can be compiled and exported.
 
     Args:
@@ -135,7 +135,7 @@ def annotation_probabilities(model: Dilbert, params: Any, batch: Any, names: Any
 
 
 @functools.lru_cache(maxsize=4)
-def compiled_probabilities(model: Dilbert) -> Any:
+def compiled_probabilities(model: Network) -> Any:
     """`annotation_probabilities`, compiled once a batch shape; parameters and entity names are arguments."""
     return jax.jit(functools.partial(annotation_probabilities, model))
 

@@ -32,7 +32,7 @@ from jax.experimental import topologies
 from dilbert_jax.config import check_config
 from dilbert_jax.flops import count_flops
 from dilbert_jax.hlo import COLLECTIVES, read_program
-from dilbert_jax.models.dilbert import Dilbert
+from dilbert_jax.models import make_network
 from dilbert_jax.random_inputs import init_network, random_batch, random_model
 from dilbert_jax.sharding import batch_sharding, make_mesh, replicated, shardings
 from dilbert_jax.training import step as steps
@@ -71,7 +71,7 @@ def lower_step(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Any
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.train.batch_size % parts:
         raise ValueError(f"train.batch_size is {config.train.batch_size}; it must be a multiple of {parts}")
-    model, loss = Dilbert(random_model(config)), steps.LossConfig(**config.loss)
+    model, loss = make_network(random_model(config)), steps.LossConfig(**config.loss)
     optimizer = make_optimizer(OptimizerConfig(**config.optimizer), 1000)
 
     def placed(tree: Any) -> Any:
@@ -104,7 +104,7 @@ def model_flops(config: ml_collections.ConfigDict) -> float:
     """Model FLOPs of a step, a clip: forward and backward, without what rematerialization computes again."""
     plain = config.copy_and_resolve_references()
     plain.model.remat = "none"
-    model, loss = Dilbert(random_model(plain)), steps.LossConfig(**plain.loss)
+    model, loss = make_network(random_model(plain)), steps.LossConfig(**plain.loss)
     networks = {name: _abstract_network(plain) for name in steps.NETWORKS}
     objective = functools.partial(steps.mutual_objective, model, loss)
     gradient = jax.value_and_grad(objective, has_aux=True)

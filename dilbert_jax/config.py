@@ -63,6 +63,7 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     data.augment = True
 
     config.model = model = ml_collections.ConfigDict(MODEL_PRESETS[preset])
+    model.name = "dilbert"  # the system: or "bert", with train.single_network
     model.dropout = 0.1
     model.video = "small"  # the 3-D CNN (D1); "r3d_18": PyTorch's, ignores channels, blocks and stem_patch
     model.stem_patch = (2, 4, 4)
@@ -182,7 +183,8 @@ def load_config(path: pathlib.Path) -> ml_collections.ConfigDict:
 def check_config(config: ml_collections.ConfigDict) -> None:
     """Raises `ValueError` naming the first field whose value cannot work."""
     # Here, not above: flags are checked against the defaults before anything heavy is imported.
-    from dilbert_jax.models.dilbert import MDC_TARGETS, REMAT_POLICIES, VIDEO_ENCODERS, frames_per_step
+    from dilbert_jax.models import SYSTEMS
+    from dilbert_jax.models.network import MDC_TARGETS, REMAT_POLICIES, VIDEO_ENCODERS, frames_per_step
 
     data, model, train = config.data, config.model, config.train
 
@@ -211,6 +213,12 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         "train.finetune_rate_scale",
         "evaluate.num_resamples",
         "evaluate.mask_repeats",
+    )
+    need(model.name in SYSTEMS, "model.name", f"choose one of {', '.join(SYSTEMS)}")
+    need(
+        model.name == "dilbert" or train.single_network,
+        "train.single_network",
+        f"the system {model.name} has no distillation: set it to True",
     )
     need(len(model.stem_patch) == 3, "model.stem_patch", "three numbers: frames, rows, columns")
     need(0 <= model.dropout < 1, "model.dropout", "must lie in [0, 1)")

@@ -25,7 +25,7 @@ from dilbert_jax.experiment import Experiment, open_experiment
 from dilbert_jax.input_pipeline import evaluation_batches
 from dilbert_jax.report import render_report
 from dilbert_jax.training.log import read_metrics
-from dilbert_jax.training.loop import network_names, network_params
+from dilbert_jax.training.loop import network_names, network_params, stage_names
 from dilbert_jax.training.step import device_entries, pretraining_forward, task_masks, task_targets
 
 Decisions = dict[str, dict[str, Any]]
@@ -56,7 +56,7 @@ def evaluate(
     resamples = config.evaluate.num_resamples
     networks, predictions, thresholds, decided = {}, {}, {}, {}
     for network in tqdm(network_names(config), desc="evaluating", unit="network", disable=not progress):
-        params, _ = network_params(context, workdir, "mutual", network)
+        params, _ = network_params(context, workdir, stage_names(config)[-2], network)  # pre-trained
         pretraining = _pretraining_tasks(experiment, params, indices)
         params, step = network_params(context, workdir, "finetune", network)
         thresholds[network] = _choose_thresholds(experiment, params)

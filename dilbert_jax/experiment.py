@@ -21,7 +21,8 @@ from dilbert_jax.data.record import EncodedFrames, decode_png
 from dilbert_jax.input_pipeline import ExampleBuilder, InputSpec, entity_statuses
 from dilbert_jax.knowledge import KnowledgeGraph, ReportTokenizer, load_graph
 from dilbert_jax.labels import LabelSpace, build_label_space
-from dilbert_jax.models.dilbert import Dilbert, DilbertConfig, frames_per_step
+from dilbert_jax.models import make_network
+from dilbert_jax.models.network import Network, NetworkConfig, frames_per_step
 from dilbert_jax.training.step import LossConfig
 
 MAX_NAME_PIECES = 8
@@ -36,7 +37,7 @@ class ModelContext:
     tokenizer: ReportTokenizer
     labels: LabelSpace
     spec: InputSpec
-    model: Dilbert
+    model: Network
     entity_names: tuple[np.ndarray, np.ndarray]
     entity_of_region: np.ndarray
 
@@ -99,8 +100,8 @@ def make_context(
     fields: dict[str, Any] = {
         name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in config.model.items()
     }
-    model = Dilbert(
-        DilbertConfig(
+    model = make_network(
+        NetworkConfig(
             vocab_size=tokenizer.vocab_size,
             # A softmax over an empty space keeps one output whose loss never counts.
             num_organs=max(1, len(labels.organs)),

@@ -9,7 +9,8 @@ import ml_collections
 import numpy as np
 
 from dilbert_jax.input_pipeline import MASK_RATE
-from dilbert_jax.models.dilbert import Dilbert, DilbertConfig, frames_per_step
+from dilbert_jax.models import make_network
+from dilbert_jax.models.network import NetworkConfig, frames_per_step
 from dilbert_jax.training.step import VISUAL
 
 NAME_PIECES = 8
@@ -20,13 +21,13 @@ SPACES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def random_model(config: ml_collections.ConfigDict) -> DilbertConfig:
+def random_model(config: ml_collections.ConfigDict) -> NetworkConfig:
     """The architecture that a configuration describes, with the label spaces `SPACES`."""
     fields: dict[str, Any] = {
         name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in config.model.items()
     }
     num_steps = config.data.num_frames // frames_per_step(config.model.video, config.model.stem_patch)
-    return DilbertConfig(
+    return NetworkConfig(
         vocab_size=config.data.vocab_size,
         mdc_target=config.loss.mdc_target,
         order=config.loss.order > 0,
@@ -115,4 +116,4 @@ def init_network(config: ml_collections.ConfigDict, key: jax.Array) -> Any:
     rng = np.random.default_rng(0)
     batch = random_batch(config, rng, batch_size=1)
     arguments = [batch[name] for name in (*VISUAL, "mlm_positions")]
-    return Dilbert(random_model(config)).init(key, *arguments, *random_names(config, rng))["params"]
+    return make_network(random_model(config)).init(key, *arguments, *random_names(config, rng))["params"]

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from dilbert_jax.models.attention import FeedForward, HeadsProjection, attend
+from dilbert_jax.models.attention import TransformerBlock
 from dilbert_jax.models.conv3d import conv3d
 from dilbert_jax.models.embeddings import NUM_TOKEN_TYPES, EntityEmbedding
 from dilbert_jax.models.heads import Transform
@@ -115,12 +115,9 @@ class Bert(nn.Module):
         )
         hidden, attention = [embedding(ids, types)], []
         for i in range(c["num_hidden_layers"]):
-            query, key, value = (
-                HeadsProjection(heads, size, name=f"{i}_{n}")(hidden[-1]) for n in ("query", "key", "value")
-            )
-            context, weights = attend(query, key, value, mask)
-            block = FeedForward(size, c["intermediate_size"], 0.0, name=f"{i}_ffn")
-            hidden.append(block(hidden[-1], context, True))
+            block = TransformerBlock(size, heads, c["intermediate_size"], 0.0, name=f"layer_{i}")
+            state, weights = block(hidden[-1], mask)
+            hidden.append(state)
             attention.append(weights)
         logits = embedding.attend(Transform(size, name="transform")(hidden[-1]))
         return hidden, attention, logits
@@ -153,9 +150,10 @@ def bert_params(file, num_layers, prefix="w"):
     }
     for i in range(num_layers):
         layer = f"bert.encoder.layer.{i}"
-        for name in ("query", "key", "value"):
-            params[f"{i}_{name}"] = {"dense": dense(f"{layer}.attention.self.{name}")}
-        params[f"{i}_ffn"] = {
+        block = params[f"layer_{i}"] = {
+            name: {"dense": dense(f"{layer}.attention.self.{name}")} for name in ("query", "key", "value")
+        }
+        block["ffn"] = {
             "attention_output": dense(f"{layer}.attention.output.dense"),
             "attention_norm": norm(f"{layer}.attention.output.LayerNorm"),
             "intermediate": dense(f"{layer}.intermediate.dense"),

@@ -24,7 +24,7 @@ from dilbert_jax.config import save_config
 from dilbert_jax.experiment import load_context
 from dilbert_jax.knowledge import ReportTokenizer
 from dilbert_jax.labels import LabelSpace
-from dilbert_jax.models import Dilbert, DilbertConfig
+from dilbert_jax.models import Dilbert, NetworkConfig
 from dilbert_jax.parity import compare, names, torch_losses
 from dilbert_jax.parity.__main__ import main
 from dilbert_jax.parity.convert import import_network, read_tensors
@@ -239,9 +239,10 @@ def test_the_comparison_knows_every_option():
     known = (
         "vocab_size num_organs num_conditions num_findings num_classes num_region_classes num_entities hidden_size "
         "num_layers num_heads ffn_size dropout max_tokens max_steps video channels blocks stem_patch region_bins "
-        "tnt_mode temporal_position mdc_target order dtype remat unroll"  # the last two: how it is compiled, not what
+        "tnt_mode temporal_position mdc_target order dtype name "
+        "remat unroll"  # how it is compiled, not what
     )
-    assert {field.name for field in dataclasses.fields(DilbertConfig)} == set(known.split())
+    assert {field.name for field in dataclasses.fields(NetworkConfig)} == set(known.split())
 
 
 # --- table of names ---------------------------------------------------------------------------------------
@@ -359,7 +360,7 @@ def test_pytorch_reads_and_writes_the_file(constructed, exported, tmp_path):
     _, metadata = read_tensors(exported)
     assert (metadata["stage"], metadata["network"], metadata["step"]) == ("finetune", "student", "7")
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(metadata["config"]).items()}
-    network = TorchDilbert(DilbertConfig(**fields))
+    network = TorchDilbert(NetworkConfig(**fields))
     network.load_state_dict(load_file(exported))
     with torch.no_grad():
         network.cmm.bias += 1.0

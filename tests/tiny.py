@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dilbert_jax.config import default_config
-from dilbert_jax.models import Dilbert, DilbertConfig
+from dilbert_jax.models import NetworkConfig, make_network
 from dilbert_jax.training.step import VISUAL
 
 B, T, S, A, R, L, M, F, C, E = 4, 4, 16, 2, 5, 12, 2, 3, 5, 6
 
-CONFIG = DilbertConfig(
+CONFIG = NetworkConfig(
     vocab_size=40, num_organs=3, num_conditions=2, num_findings=F, num_classes=C, num_region_classes=4,
     hidden_size=16, num_layers=2, num_heads=2, ffn_size=32, dropout=0.1, max_tokens=L, max_steps=8,
     channels=(8, 16), blocks=(1, 1), stem_patch=(2, 4, 4),
@@ -62,15 +62,15 @@ def make_batch(seed: int = 0, batch_size: int = B) -> dict[str, np.ndarray]:
 NAMES = (np.arange(E * 3).reshape(E, 3).astype(np.int32), np.ones((E, 3), bool))
 
 
-def init_params(seed: int = 0, config: DilbertConfig = CONFIG):
+def init_params(seed: int = 0, config: NetworkConfig = CONFIG):
     batch = make_batch(batch_size=1)
     arguments = [batch[name] for name in VISUAL]
     return _init(config)(jax.random.key(seed), *arguments, batch["mlm_positions"], *NAMES)["params"]
 
 
 @functools.cache
-def _init(config: DilbertConfig):
-    return jax.jit(Dilbert(config).init)
+def _init(config: NetworkConfig):
+    return jax.jit(make_network(config).init)
 
 
 def to_device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

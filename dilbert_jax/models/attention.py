@@ -81,3 +81,24 @@ class FeedForward(nn.Module):
         y = nn.Dense(self.hidden_size, dtype=self.dtype, dot_general=FROM_TENSOR, name="output")(y)
         y = nn.Dropout(self.dropout)(y, deterministic=deterministic)
         return constrain(nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="output_norm")(x + y), BATCH)
+
+
+class TransformerBlock(nn.Module):
+    """One layer of BERT: self-attention and the feed-forward block."""
+
+    hidden_size: int
+    num_heads: int
+    ffn_size: int
+    dropout: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, deterministic: bool = True) -> tuple[Array, Array]:
+        """x [B, S, D], mask bool [B, S] -> [B, S, D] and attention weights [B, N, S, S]."""
+        query, key, value = (
+            HeadsProjection(self.num_heads, self.hidden_size, self.dtype, name=name)(x)
+            for name in ("query", "key", "value")
+        )
+        context, weights = attend(query, key, value, mask)
+        block = FeedForward(self.hidden_size, self.ffn_size, self.dropout, self.dtype, name="ffn")
+        return block(x, context, deterministic), weights

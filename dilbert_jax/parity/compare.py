@@ -23,7 +23,7 @@ from flax import traverse_util
 from dilbert_jax.config import check_config
 from dilbert_jax.experiment import open_experiment
 from dilbert_jax.input_pipeline import training_batches
-from dilbert_jax.models import Dilbert, DilbertConfig
+from dilbert_jax.models import Dilbert, NetworkConfig
 from dilbert_jax.parity import MISSING_EXTRA, torch_losses, torch_model
 from dilbert_jax.parity.names import from_torch, to_torch
 from dilbert_jax.parity.torch_training import Training, to_tensors
@@ -57,7 +57,7 @@ class Setting:
       source: where the batches are from, in words.
     """
 
-    model: DilbertConfig
+    model: NetworkConfig
     loss: steps.LossConfig
     optimizer: OptimizerConfig
     batches: Sequence[Batch]
@@ -294,7 +294,7 @@ def relative_difference(ours: Any, theirs: Any) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(ours).max())
 
 
-def make_torch(params: Any, config: DilbertConfig) -> torch_model.TorchDilbert:
+def make_torch(params: Any, config: NetworkConfig) -> torch_model.TorchDilbert:
     """Builds the PyTorch network that holds the given Flax parameters, in evaluation mode (no dropout).
 
     Args:
@@ -339,7 +339,7 @@ def forward_torch(
 
 
 def forward_jax(
-    params: Any, config: DilbertConfig, batch: Batch, annotation: Batch, names: tuple[np.ndarray, np.ndarray]
+    params: Any, config: NetworkConfig, batch: Batch, annotation: Batch, names: tuple[np.ndarray, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """All outputs of the JAX network.
 
@@ -368,7 +368,7 @@ def forward_jax(
     return {name: np.asarray(value) for name, value in outputs.items()}
 
 
-def compare_outputs(setting: Setting, config: DilbertConfig, params: Any) -> dict[str, float]:
+def compare_outputs(setting: Setting, config: NetworkConfig, params: Any) -> dict[str, float]:
     """Compares everything that one network puts out.
 
     Args:
@@ -387,7 +387,7 @@ def compare_outputs(setting: Setting, config: DilbertConfig, params: Any) -> dic
 
 def compare_gradients(
     setting: Setting,
-    config: DilbertConfig,
+    config: NetworkConfig,
     params: Mapping[str, Any],
     frozen: Mapping[str, Any],
     objective: str,
@@ -425,7 +425,7 @@ def compare_gradients(
 
 
 def compare_training(
-    setting: Setting, config: DilbertConfig, start: Mapping[str, Any]
+    setting: Setting, config: NetworkConfig, start: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Trains the mutual stage in both frameworks from the same start; the start is the frozen snapshot too.
 
@@ -545,7 +545,7 @@ def _on_device(batch: Batch, dtype: str) -> dict[str, jax.Array]:
     }
 
 
-def _initial_params(setting: Setting, config: DilbertConfig, seed: int) -> dict[str, Any]:
+def _initial_params(setting: Setting, config: NetworkConfig, seed: int) -> dict[str, Any]:
     """Four networks: the two that are trained, and two to stand for other snapshots in the gradient check."""
     batch = setting.batches[0]
     arguments = [batch[name][:1] for name in (*steps.VISUAL, "mlm_positions")]

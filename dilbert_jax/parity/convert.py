@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dilbert_jax.experiment import load_context
-from dilbert_jax.models import DilbertConfig
+from dilbert_jax.models import NetworkConfig
 from dilbert_jax.parity import MISSING_EXTRA
 from dilbert_jax.parity.names import from_torch, to_torch
 from dilbert_jax.training.checkpoints import StageCheckpoints
@@ -159,7 +159,7 @@ def _restore(context: Any, workdir: pathlib.Path, stage: str, network: str) -> t
     return network_params(context, workdir, stage, network)
 
 
-def _check_metadata(path: pathlib.Path, metadata: dict[str, str], config: DilbertConfig) -> None:
+def _check_metadata(path: pathlib.Path, metadata: dict[str, str], config: NetworkConfig) -> None:
     """Raises `ValueError` where the file says that it holds another architecture; a bare state_dict says nothing."""
     version = metadata.get("dilbert_jax_format", FORMAT_VERSION)
     if version != FORMAT_VERSION:

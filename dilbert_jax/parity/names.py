@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from dilbert_jax.models.dilbert import DilbertConfig
+from dilbert_jax.models.network import NetworkConfig
 
 # Flax module, PyTorch module, kind. {layer}, {stage}, {later} (a stage after the first), {block} count; {stream}
 # is every stream, {crossed} one that the description looks at.
@@ -114,7 +114,7 @@ class Parameter:
     layout: str
 
 
-def parameter_table(config: DilbertConfig) -> list[Parameter]:
+def parameter_table(config: NetworkConfig) -> list[Parameter]:
     """Every parameter of a network.
 
     Args:
@@ -161,7 +161,7 @@ def parameter_table(config: DilbertConfig) -> list[Parameter]:
     return rows
 
 
-def to_torch(params: Mapping[str, Any], config: DilbertConfig) -> dict[str, np.ndarray]:
+def to_torch(params: Mapping[str, Any], config: NetworkConfig) -> dict[str, np.ndarray]:
     """Converts a network's Flax parameters.
 
     Args:
@@ -189,7 +189,7 @@ def to_torch(params: Mapping[str, Any], config: DilbertConfig) -> dict[str, np.n
 
 
 def from_torch(
-    tensors: Mapping[str, np.ndarray], config: DilbertConfig, like: Mapping[str, Any]
+    tensors: Mapping[str, np.ndarray], config: NetworkConfig, like: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Converts PyTorch tensors to a network's Flax parameters.
 
@@ -235,7 +235,7 @@ def _raise_if_any(problems: list[str], what: str) -> None:
         raise ValueError(f"the {what} do not fit the network: {'; '.join(problems)}")
 
 
-def _split(shape: tuple[int, ...], layout: str, config: DilbertConfig) -> tuple[int, ...]:
+def _split(shape: tuple[int, ...], layout: str, config: NetworkConfig) -> tuple[int, ...]:
     """A kernel's shape as [kT, kH, kW, C, O]."""
     if layout == "conv":
         taps, rows, columns, channels, features = shape
@@ -248,7 +248,7 @@ def _split(shape: tuple[int, ...], layout: str, config: DilbertConfig) -> tuple[
     return *patch, channels, features
 
 
-def _torch_shape(shape: tuple[int, ...], layout: str, config: DilbertConfig) -> tuple[int, ...]:
+def _torch_shape(shape: tuple[int, ...], layout: str, config: NetworkConfig) -> tuple[int, ...]:
     if layout == "same":
         return tuple(shape)
     if layout == "transposed":
@@ -258,7 +258,7 @@ def _torch_shape(shape: tuple[int, ...], layout: str, config: DilbertConfig) -> 
     return features, channels, *kernel
 
 
-def _forward(leaf: np.ndarray, layout: str, config: DilbertConfig) -> np.ndarray:
+def _forward(leaf: np.ndarray, layout: str, config: NetworkConfig) -> np.ndarray:
     """Flax to PyTorch."""
     if layout == "transposed":
         leaf = leaf.T

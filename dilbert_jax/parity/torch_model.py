@@ -1,4 +1,4 @@
-"""DILBERT in PyTorch, as a PyTorch user would write it: the same forward pass as `dilbert_jax.models.dilbert`.
+"""DILBERT in PyTorch, as a PyTorch user would write it: the forward pass of `dilbert_jax.models`.
 
 Axis letters as in `dilbert_jax.models`, but PyTorch's layout: feature maps are [B, C, A, H, W].
 """
@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dilbert_jax.models.dilbert import DilbertConfig
+from dilbert_jax.models.network import NetworkConfig
 from dilbert_jax.parity import MISSING_EXTRA
 
 try:
@@ -25,13 +25,14 @@ STREAMS = ("entity", "description", "region")
 NUM_TOKEN_TYPES = 6
 
 
-def check_supported(config: DilbertConfig) -> None:
+def check_supported(config: NetworkConfig) -> None:
     """Refuses what the PyTorch model does not have.
 
     Raises:
       ValueError: names every option and its value.
     """
     wanted = {
+        "name": ("dilbert",),
         "video": ("small",),
         "mdc_target": ("description",),
         "order": (False,),
@@ -378,7 +379,7 @@ class TorchDilbert(nn.Module):
       ValueError: an option that this model does not have.
     """
 
-    def __init__(self, config: DilbertConfig) -> None:
+    def __init__(self, config: NetworkConfig) -> None:
         check_supported(config)
         super().__init__()
         c = self.config = config

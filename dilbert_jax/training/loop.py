@@ -87,8 +87,11 @@ def network_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
 
 
 def stage_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
-    """The stages of a run in order; without a teacher its pre-training is left out."""
-    return tuple(s for s in STAGES if s not in NETWORKS or s in network_names(config))
+    """The stages of a run in order, without a missing teacher's; DILBERT alone has distillation."""
+    left_out = {name for name in NETWORKS if name not in network_names(config)}
+    if config.model.name != "dilbert":
+        left_out.add("mutual")
+    return tuple(stage for stage in STAGES if stage not in left_out)
 
 
 def network_params(

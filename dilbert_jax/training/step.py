@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from dilbert_jax import losses
-from dilbert_jax.models.dilbert import Dilbert, Encoded
+from dilbert_jax.models.network import Encoded, Network
 from dilbert_jax.relational import Reduction, angle_loss, distance_loss
 from dilbert_jax.sharding import replicated
 from dilbert_jax.training.accumulation import (
@@ -63,7 +63,7 @@ class LossConfig:
         where the report is another's, and the report by those of its own study. One head reads both, which gives
         matching two vectors in the same coordinates. 0 = as the paper.
       order: weight of telling shuffled description tokens from those in order (D9); 0 = no such task.
-      mdc_target: what MDC classifies, "description" or "entity" (D9, see `DilbertConfig`).
+      mdc_target: what MDC classifies, "description" or "entity" (D9, see `NetworkConfig`).
       organ, condition, findings, match, grounding: weights of the terms of fine-tuning.
       alpha, beta, gamma: supervised, mutual and self-distillation weights of (13).
       beta1, beta2: angle within relational (9), response within mutual (10).
@@ -123,11 +123,11 @@ class TrainState:
 
 
 def pretraining_forward(
-    model: Dilbert, params: Any, batch: Batch, dropout: Array | None
+    model: Network, params: Any, batch: Batch, dropout: Array | None
 ) -> tuple[dict[str, Array], Encoded]:
     """Logits of the tasks on the corrupted batch; `dropout` is a key, or None for no dropout."""
 
-    def run(module: Dilbert) -> tuple[dict[str, Array], Encoded]:
+    def run(module: Network) -> tuple[dict[str, Array], Encoded]:
         encoded = module.encode(
             **{name: batch[name] for name in VISUAL},
             description_zeroed=batch["description_zeroed"],
@@ -235,7 +235,7 @@ def relational_vector(encoded: Encoded, layer: str) -> Array:
 
 
 def pretraining_objective(
-    model: Dilbert,
+    model: Network,
     config: LossConfig,
     params: Params,
     teacher: Any | None,
@@ -266,7 +266,7 @@ def pretraining_objective(
 
 
 def relational_vectors(
-    model: Dilbert, config: LossConfig, params: Params, batch: Batch, rng: Array
+    model: Network, config: LossConfig, params: Params, batch: Batch, rng: Array
 ) -> dict[str, Array]:
     """What `mutual_objective` compares between samples: a vector [B, D] per network."""
     return {
@@ -302,7 +302,7 @@ def _relate(config: LossConfig, own: Array, peer: Array) -> tuple[Metrics, Array
 
 
 def mutual_objective(
-    model: Dilbert,
+    model: Network,
     config: LossConfig,
     params: Params,
     frozen: Params,
@@ -386,11 +386,11 @@ def mutual_terms(
 
 
 def annotation_forward(
-    model: Dilbert, params: Any, batch: Batch, names: tuple[Array, Array], dropout: Array | None
+    model: Network, params: Any, batch: Batch, names: tuple[Array, Array], dropout: Array | None
 ) -> tuple[dict[str, Any], Encoded]:
     """Annotation logits; `names` are the candidate entities' word pieces and their mask."""
 
-    def run(module: Dilbert) -> tuple[dict[str, Any], Encoded]:
+    def run(module: Network) -> tuple[dict[str, Any], Encoded]:
         encoded = module.encode(**{name: batch[name] for name in VISUAL}, deterministic=dropout is None)
         return module.annotate(encoded, *names), encoded
 
@@ -411,7 +411,7 @@ def annotation_masks(batch: Batch, entity_of_region: Array) -> dict[str, Array]:
 
 
 def annotation_objective(
-    model: Dilbert,
+    model: Network,
     config: LossConfig,
     params: Params,
     names: tuple[Array, Array],
@@ -449,7 +449,7 @@ def annotation_objective(
 
 
 def mutual_accumulation(
-    model: Dilbert, config: LossConfig, num_micro_batches: int, relate: bool
+    model: Network, config: LossConfig, num_micro_batches: int, relate: bool
 ) -> Accumulation:
     """How `mutual_objective` goes through micro-batches; `relate`: relational losses over the whole batch."""
     vectors = relations = None
