@@ -80,8 +80,9 @@ def write_page(folder: pathlib.Path) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Medians with quartiles in brackets. Ratios are ours over theirs, of runs made in turn; below 1 is faster, or "
-        "less memory. Made by `python -m benchmarks`; the JSON files beside this page have all settings.",
+        "Medians with quartiles in brackets. Ratios are ours over theirs: of runs in turn, or, where each has a "
+        "process of its own, of processes in turn; below 1 is faster, or less memory. Made by "
+        "`python -m benchmarks`; the JSON files beside this page have all settings.",
         "",
         common.HEAD.replace("| setting", "| benchmark | setting", 1).replace("|---", "|---|---", 1),
     ]

@@ -216,7 +216,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     )
     need(model.name in SYSTEMS, "model.name", f"choose one of {', '.join(SYSTEMS)}")
     need(
-        model.name == "dilbert" or train.single_network,
+        SYSTEMS[model.name].distilled or train.single_network,
         "train.single_network",
         f"the system {model.name} has no distillation: set it to True",
     )

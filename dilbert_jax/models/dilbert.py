@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ Array = jax.Array
 
 class Dilbert(Network):
     """The paper's network (PAPER section 3)."""
+
+    distilled: ClassVar[bool] = True
 
     def make_block(self, **fields: Any) -> TangledBlock:
         c = self.config

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import flax.struct
@@ -120,6 +120,7 @@ class Network(nn.Module):
     """One network (teacher or student); a system is a subclass with `make_block` and `fuse`."""
 
     config: NetworkConfig
+    distilled: ClassVar[bool] = False  # there are a teacher and a stage of mutual learning
 
     def setup(self) -> None:
         c = self.config

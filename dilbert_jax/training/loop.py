@@ -23,6 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dilbert_jax.experiment import Experiment
 from dilbert_jax.input_pipeline import evaluation_batches, training_batches
+from dilbert_jax.models import SYSTEMS
 from dilbert_jax.sharding import local_part, make_mesh, put, put_batch, replicated, shardings
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.accumulation import Accumulation, Part
@@ -87,9 +88,9 @@ def network_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
 
 
 def stage_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
-    """The stages of a run in order, without a missing teacher's; DILBERT alone has distillation."""
+    """The stages of a run in order, without a missing teacher's; mutual learning only where a system has it."""
     left_out = {name for name in NETWORKS if name not in network_names(config)}
-    if config.model.name != "dilbert":
+    if not SYSTEMS[config.model.name].distilled:
         left_out.add("mutual")
     return tuple(stage for stage in STAGES if stage not in left_out)
 
