@@ -27,7 +27,7 @@ from dilbert_jax.experiment import ModelContext, make_context
 from dilbert_jax.knowledge import ReportTokenizer, load_graph
 from dilbert_jax.labels import LabelSpace
 from dilbert_jax.media import Clip
-from dilbert_jax.training.step import VISUAL
+from dilbert_jax.training.objectives import VISUAL
 
 QUICKSTART = pathlib.Path(__file__).resolve().parents[1] / "configs" / "quickstart.py"
 PRESETS = ("quickstart", *MODEL_PRESETS)

@@ -60,19 +60,20 @@ def measure_step(experiment: Any, stage: str, rounds: int, block: int) -> dict[s
     import jax.numpy as jnp
 
     from dilbert_jax.input_pipeline import training_batches
+    from dilbert_jax.training import objectives
     from dilbert_jax.training import step as steps
     from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
 
     context = experiment.context
     config, model, loss = context.config, context.model, context.loss
-    start = {name: context.init_params(jax.random.key(i)) for i, name in enumerate(steps.NETWORKS)}
+    start = {name: context.init_params(jax.random.key(i)) for i, name in enumerate(objectives.NETWORKS)}
     if stage == "mutual":
-        frozen, objective = start, functools.partial(steps.mutual_objective, model, loss)
+        frozen, objective = start, functools.partial(objectives.mutual_objective, model, loss)
     else:
         start, frozen = {"teacher": start["teacher"]}, {}
 
         def objective(params: Any, frozen: Any, batch: Any, rng: Any) -> Any:
-            return steps.pretraining_objective(model, loss, params, None, batch, rng)
+            return objectives.pretraining_objective(model, loss, params, None, batch, rng)
 
     optimizer = make_optimizer(OptimizerConfig(**config.optimizer), 1000)
     update = steps.make_step(objective, optimizer)

@@ -28,10 +28,11 @@ from dilbert_jax.config import default_config
 from dilbert_jax.models import Dilbert
 from dilbert_jax.random_inputs import init_network, random_batch, random_model
 from dilbert_jax.relational import angle_loss, distance_loss
+from dilbert_jax.training import objectives
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
 
-LOSS = steps.LossConfig()
+LOSS = objectives.LossConfig()
 SIZES = {"quickstart": "small", "tiny": "tiny"}
 
 
@@ -50,23 +51,23 @@ def make_separate(model: Dilbert, optimizer: optax.GradientTransformation) -> Ca
 
     @jax.jit
     def targets(params, batch):
-        logits, encoded = steps.pretraining_forward(model, params, batch, None)
-        return logits, steps.relational_vector(encoded, LOSS.relational_layer)
+        logits, encoded = objectives.pretraining_forward(model, params, batch, None)
+        return logits, objectives.relational_vector(encoded, LOSS.relational_layer)
 
     @jax.jit
     def gradient(params, peer, frozen, batch):
-        masks = steps.task_masks(batch, LOSS)
+        masks = objectives.task_masks(batch, LOSS)
 
         def loss(params):
-            logits, encoded = steps.pretraining_forward(model, params, batch, None)
-            vectors = steps.relational_vector(encoded, LOSS.relational_layer)
-            supervised = steps.task_losses(logits, batch, masks, LOSS)
+            logits, encoded = objectives.pretraining_forward(model, params, batch, None)
+            vectors = objectives.relational_vector(encoded, LOSS.relational_layer)
+            supervised = objectives.task_losses(logits, batch, masks, LOSS)
             relational = distance_loss(vectors, peer[1]) + LOSS.beta1 * angle_loss(vectors, peer[1])
-            response = steps.soften(logits, peer[0], masks, LOSS)
+            response = objectives.soften(logits, peer[0], masks, LOSS)
             return losses.distillation_loss(
                 sum(supervised.values()),
                 losses.mutual_loss(relational, response),
-                steps.soften(logits, frozen[0], masks, LOSS),
+                objectives.soften(logits, frozen[0], masks, LOSS),
             )
 
         return jax.grad(loss)(params)
@@ -77,10 +78,10 @@ def make_separate(model: Dilbert, optimizer: optax.GradientTransformation) -> Ca
         return optax.apply_updates(params, updates), opt_state
 
     def step(state, frozen, batch):
-        said = {name: targets(state.params[name], batch) for name in steps.NETWORKS}
-        anchors = {name: targets(frozen[name], batch) for name in steps.NETWORKS}
+        said = {name: targets(state.params[name], batch) for name in objectives.NETWORKS}
+        anchors = {name: targets(frozen[name], batch) for name in objectives.NETWORKS}
         params, opt_state = {}, {}
-        for name, peer in (steps.NETWORKS, steps.NETWORKS[::-1]):
+        for name, peer in (objectives.NETWORKS, objectives.NETWORKS[::-1]):
             g = gradient(state.params[name], said[peer], anchors[name], batch)
             params[name], opt_state[name] = update(state.params[name], state.opt_state[name], g)
         return steps.TrainState(state.step + 1, params, opt_state)
@@ -90,7 +91,7 @@ def make_separate(model: Dilbert, optimizer: optax.GradientTransformation) -> Ca
 
 def make_joint(model: Dilbert, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
     """The step that training uses."""
-    update = steps.make_step(functools.partial(steps.mutual_objective, model, LOSS), optimizer)
+    update = steps.make_step(functools.partial(objectives.mutual_objective, model, LOSS), optimizer)
 
     def step(state, frozen, batch):
         return update(state, frozen, batch, jax.random.key(0))[0]
@@ -102,28 +103,28 @@ def make_stacked(model: Dilbert, optimizer: optax.GradientTransformation) -> Cal
     """The joint step with the networks on a leading axis: one vmapped forward pass for each pair."""
 
     def stack(networks):
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(networks[n] for n in steps.NETWORKS))
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(networks[n] for n in objectives.NETWORKS))
 
     def forward(stacked, batch):
-        return jax.vmap(lambda p: steps.pretraining_forward(model, p, batch, None))(stacked)
+        return jax.vmap(lambda p: objectives.pretraining_forward(model, p, batch, None))(stacked)
 
     def objective(params, frozen, batch, rng):
         del rng
-        masks = steps.task_masks(batch, LOSS)
+        masks = objectives.task_masks(batch, LOSS)
         logits, encoded = forward(stack(params), batch)
         anchors, _ = jax.lax.stop_gradient(forward(stack(frozen), batch))
         total: jax.Array = jnp.float32(0.0)
         for own, peer in ((0, 1), (1, 0)):
             mine, others = ({k: v[i] for k, v in logits.items()} for i in (own, peer))
             vectors = encoded.fused[own], encoded.fused[peer]
-            supervised = steps.task_losses(mine, batch, masks, LOSS)
+            supervised = objectives.task_losses(mine, batch, masks, LOSS)
             relational = distance_loss(*vectors) + LOSS.beta1 * angle_loss(*vectors)
-            response = steps.soften(mine, jax.lax.stop_gradient(others), masks, LOSS)
+            response = objectives.soften(mine, jax.lax.stop_gradient(others), masks, LOSS)
             own_anchor = {k: v[own] for k, v in anchors.items()}
             total += losses.distillation_loss(
                 sum(supervised.values()),
                 losses.mutual_loss(relational, response),
-                steps.soften(mine, own_anchor, masks, LOSS),
+                objectives.soften(mine, own_anchor, masks, LOSS),
             )
         return total, {}
 
@@ -144,8 +145,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[common.Row]:
     drawn = random_batch(config, np.random.default_rng(0), arguments.batch_size)
     batch = {name: jnp.asarray(value) for name, value in drawn.items()}
     init = jax.jit(functools.partial(init_network, config))
-    networks = {name: init(jax.random.key(i)) for i, name in enumerate(steps.NETWORKS)}
-    frozen = {name: init(jax.random.key(i + 2)) for i, name in enumerate(steps.NETWORKS)}
+    networks = {name: init(jax.random.key(i)) for i, name in enumerate(objectives.NETWORKS)}
+    frozen = {name: init(jax.random.key(i + 2)) for i, name in enumerate(objectives.NETWORKS)}
     optimizer = make_optimizer(OptimizerConfig("sgd", 0.01, warmup_fraction=0.0), 1000)
     updates = {name: make(model, optimizer) for name, make in MAKERS.items()}
     states = {name: steps.TrainState.create(jax.tree.map(jnp.array, networks), optimizer) for name in MAKERS}

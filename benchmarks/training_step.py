@@ -31,6 +31,7 @@ from benchmarks import common
 from dilbert_jax.config import default_config
 from dilbert_jax.models import Dilbert
 from dilbert_jax.random_inputs import init_network, random_batch, random_model
+from dilbert_jax.training import objectives
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
 
@@ -55,22 +56,22 @@ def make_config(preset: str, batch_size: int | None, dtype: str) -> ml_collectio
 def init_networks(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Teacher and student with fresh weights, as NumPy arrays."""
     init = jax.jit(functools.partial(init_network, config))
-    return {name: jax.device_get(init(jax.random.key(i))) for i, name in enumerate(steps.NETWORKS)}
+    return {name: jax.device_get(init(jax.random.key(i))) for i, name in enumerate(objectives.NETWORKS)}
 
 
 def make_jax(config: ml_collections.ConfigDict, stage: str, networks: Any, batch: Any) -> Callable[[], float]:
     """The update that training makes; the loss when it is done."""
-    model, loss = Dilbert(random_model(config)), steps.LossConfig(**config.loss)
+    model, loss = Dilbert(random_model(config)), objectives.LossConfig(**config.loss)
     optimizer = make_optimizer(OptimizerConfig(**config.optimizer), NUM_STEPS)
     if stage == "mutual":
         start, frozen = networks, jax.device_put(networks)
-        objective: Any = functools.partial(steps.mutual_objective, model, loss)
+        objective: Any = functools.partial(objectives.mutual_objective, model, loss)
     else:
         start, frozen = {"teacher": networks["teacher"]}, {}
 
         def objective(params: Any, frozen: Any, batch: Any, rng: Any) -> Any:
             del frozen
-            return steps.pretraining_objective(model, loss, params, None, batch, rng)
+            return objectives.pretraining_objective(model, loss, params, None, batch, rng)
 
     update = steps.make_step(objective, optimizer)
     state = steps.TrainState.create(jax.tree.map(jnp.array, start), optimizer)
@@ -96,8 +97,8 @@ def make_torch(
 
     device = common.torch_device()
     model = dataclasses.replace(random_model(config), dtype="float32")
-    loss = steps.LossConfig(**config.loss)
-    names = steps.NETWORKS if stage == "mutual" else ("teacher",)
+    loss = objectives.LossConfig(**config.loss)
+    names = objectives.NETWORKS if stage == "mutual" else ("teacher",)
     trained = {name: compare.make_torch(networks[name], model).to(device).train() for name in names}
     frozen = {}
     if stage == "mutual":

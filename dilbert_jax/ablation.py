@@ -29,7 +29,7 @@ from dilbert_jax.config import load_config, save_config
 from dilbert_jax.evaluation.statistics import mean_interval, paired_difference
 from dilbert_jax.training.log import read_metrics
 from dilbert_jax.training.loop import STAGES, is_complete, stage_names
-from dilbert_jax.training.step import NETWORKS
+from dilbert_jax.training.objectives import NETWORKS
 
 # The stage that reads a field first; the teacher's pre-training reads all others.
 FIRST_STAGE = {

@@ -21,7 +21,7 @@ from dilbert_jax.input_pipeline import Example, lay_grid, pad_frames
 from dilbert_jax.knowledge import describe
 from dilbert_jax.media import Clip
 from dilbert_jax.models import Network
-from dilbert_jax.training.step import VISUAL, annotation_forward
+from dilbert_jax.training.objectives import VISUAL, annotation_forward
 
 SCHEMA = "dilbert-jax/annotation/1"
 NOTICE = "Research use only. Not for clinical use."

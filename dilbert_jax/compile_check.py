@@ -35,6 +35,7 @@ from dilbert_jax.hlo import COLLECTIVES, read_program
 from dilbert_jax.models import make_network
 from dilbert_jax.random_inputs import init_network, random_batch, random_model
 from dilbert_jax.sharding import batch_sharding, make_mesh, replicated, shardings
+from dilbert_jax.training import objectives
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
 
@@ -71,7 +72,7 @@ def lower_step(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Any
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.train.batch_size % parts:
         raise ValueError(f"train.batch_size is {config.train.batch_size}; it must be a multiple of {parts}")
-    model, loss = make_network(random_model(config)), steps.LossConfig(**config.loss)
+    model, loss = make_network(random_model(config)), objectives.LossConfig(**config.loss)
     optimizer = make_optimizer(OptimizerConfig(**config.optimizer), 1000)
 
     def placed(tree: Any) -> Any:
@@ -79,7 +80,7 @@ def lower_step(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Any
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree, mesh)
         )
 
-    networks = {name: _abstract_network(config) for name in steps.NETWORKS}
+    networks = {name: _abstract_network(config) for name in objectives.NETWORKS}
     state = placed(jax.eval_shape(functools.partial(steps.TrainState.create, optimizer=optimizer), networks))
     batch = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh))
@@ -89,10 +90,10 @@ def lower_step(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Any
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
     accumulation = None
     if config.train.num_micro_batches > 1:
-        accumulation = steps.mutual_accumulation(
+        accumulation = objectives.mutual_accumulation(
             model, loss, config.train.num_micro_batches, config.train.relate_micro_batches
         )
-    objective = functools.partial(steps.mutual_objective, model, loss)
+    objective = functools.partial(objectives.mutual_objective, model, loss)
     with jax.set_mesh(mesh):
         update: Any = steps.make_step(
             objective, optimizer, accumulation, jax.tree.map(lambda x: x.sharding, state)
@@ -104,9 +105,9 @@ def model_flops(config: ml_collections.ConfigDict) -> float:
     """Model FLOPs of a step, a clip: forward and backward, without what rematerialization computes again."""
     plain = config.copy_and_resolve_references()
     plain.model.remat = "none"
-    model, loss = make_network(random_model(plain)), steps.LossConfig(**plain.loss)
-    networks = {name: _abstract_network(plain) for name in steps.NETWORKS}
-    objective = functools.partial(steps.mutual_objective, model, loss)
+    model, loss = make_network(random_model(plain)), objectives.LossConfig(**plain.loss)
+    networks = {name: _abstract_network(plain) for name in objectives.NETWORKS}
+    objective = functools.partial(objectives.mutual_objective, model, loss)
     gradient = jax.value_and_grad(objective, has_aux=True)
     clips = 2
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -63,7 +63,8 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     data.augment = True
 
     config.model = model = ml_collections.ConfigDict(MODEL_PRESETS[preset])
-    model.name = "dilbert"  # the system: or "bert", with train.single_network
+    model.name = "dilbert"  # or one that it is compared with, e.g. "bert", with train.single_network
+    model.visual_words = (8, 8)  # branching of the levels of VideoBERT's hierarchical k-means
     model.dropout = 0.1
     model.video = "small"  # the 3-D CNN (D1); "r3d_18": PyTorch's, ignores channels, blocks and stem_patch
     model.stem_patch = (2, 4, 4)
@@ -91,6 +92,7 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     # summary are means over many classes, and without summary matching learns late.
     loss.mlm, loss.mdc, loss.moc, loss.cmm, loss.summary = 0.5, 5.0, 1.0, 3.0, 15.0
     loss.order = 0.0  # > 0: a fifth task, are the description tokens shuffled? (D9)
+    loss.own = 1.0  # weight of a comparison system's own tasks, relative to MLM's
     loss.mdc_target = "description"  # or "entity": MDC classifies masked words by their entity (D9)
     loss.organ, loss.condition, loss.findings, loss.match, loss.grounding = (
         1.0,
@@ -206,7 +208,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     positive(
         "data.min_entity_count", "model.hidden_size", "model.num_layers", "model.num_heads", "model.ffn_size"
     )
-    positive("model.channels", "model.blocks", "model.stem_patch", "model.region_bins")
+    positive("model.channels", "model.blocks", "model.stem_patch", "model.region_bins", "model.visual_words")
     positive("optimizer.learning_rate", "train.log_every_steps", "train.checkpoint_every_seconds")
     positive(
         "train.mutual_rate_scale",
@@ -238,6 +240,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         "cmm",
         "summary",
         "order",
+        "own",
         *annotation,
         "alpha",
         "beta",

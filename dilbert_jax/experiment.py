@@ -23,7 +23,7 @@ from dilbert_jax.knowledge import KnowledgeGraph, ReportTokenizer, load_graph
 from dilbert_jax.labels import LabelSpace, build_label_space
 from dilbert_jax.models import make_network
 from dilbert_jax.models.network import Network, NetworkConfig, frames_per_step
-from dilbert_jax.training.step import LossConfig
+from dilbert_jax.training.objectives import LossConfig
 
 MAX_NAME_PIECES = 8
 

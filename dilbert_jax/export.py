@@ -24,7 +24,7 @@ import dilbert_jax
 from dilbert_jax.annotation import NOTICE, Thresholds, annotation_probabilities, build_visual
 from dilbert_jax.experiment import ModelContext, load_context
 from dilbert_jax.training.loop import is_complete, network_params
-from dilbert_jax.training.step import NETWORKS, VISUAL
+from dilbert_jax.training.objectives import NETWORKS, VISUAL
 
 SCHEMA = "dilbert-jax/export/1"
 PLATFORMS = ("cpu", "cuda", "tpu")

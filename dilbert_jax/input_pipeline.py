@@ -263,6 +263,8 @@ class ExampleBuilder:
             "report_classes": self._targets[partner]["classes"],
             "report_classes_mask": self._targets[partner]["classes_mask"] & (not hidden),
             "matched": np.asarray(partner == index),
+            "report": self._report_text(partner, shown=not hidden),
+            "own_report": self._report_text(index),
             "cmm_mask": self._has_report[index] & (not hidden),
         }
 
@@ -284,6 +286,10 @@ class ExampleBuilder:
                 order[: steps.sum()] = rng.permutation(order[: steps.sum()])
             example["description_order"] = order
         return example
+
+    def _report_text(self, index: int, shown: bool = True) -> np.ndarray:
+        """A number that studies with equal reports share; -1 without a report."""
+        return np.asarray(self._texts[index] if shown and self._has_report[index] else -1, np.int32)
 
     def _entity_of_tokens(self, report: EncodedReport) -> np.ndarray:
         """int32 [L]: the candidate entity that each word piece belongs to, or -1."""

@@ -276,6 +276,27 @@ def distillation_loss(
     return alpha * supervised + beta * mutual + gamma * self_distillation
 
 
+def noise_contrastive_loss(positive: jax.Array, negatives: jax.Array, valid: jax.Array) -> jax.Array:
+    """-log of the positive's share among the exponentials of all scores, one value per example (CBT, HERO).
+
+    Args:
+        positive: [...], score of the right pair.
+        negatives: [..., K], scores of wrong pairs.
+        valid: bool [..., K], False = not counted.
+
+    Returns:
+        [...], in nats; 0 where there is no valid negative.
+    """
+    positive, negatives = as_loss_dtype(positive), as_loss_dtype(negatives)
+    others = jnp.where(valid, negatives, -jnp.inf)
+    return jax.nn.logsumexp(jnp.concatenate([positive[..., None], others], axis=-1), axis=-1) - positive
+
+
+def hinge_loss(positive: jax.Array, negative: jax.Array, margin: float) -> jax.Array:
+    """How far a wrong pair's score comes within `margin` of the right pair's: max(0, margin + negative - positive)."""
+    return jnp.maximum(margin + as_loss_dtype(negative) - as_loss_dtype(positive), 0.0)
+
+
 def _check_same_shape(first_name: str, first: jax.Array, second_name: str, second: jax.Array) -> None:
     if first.shape != second.shape:
         raise ValueError(

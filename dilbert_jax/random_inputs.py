@@ -11,7 +11,7 @@ import numpy as np
 from dilbert_jax.input_pipeline import MASK_RATE
 from dilbert_jax.models import make_network
 from dilbert_jax.models.network import NetworkConfig, frames_per_step
-from dilbert_jax.training.step import VISUAL
+from dilbert_jax.training.objectives import VISUAL
 
 NAME_PIECES = 8
 # Label spaces as large as a middling data set's.
@@ -83,6 +83,8 @@ def random_batch(
         "mlm_entities": rng.integers(-1, entities, (n, masked)).astype(np.int32),
         "matched": rng.random(n) < 0.5,
         "cmm_mask": rng.random(n) < 0.8,
+        "report": rng.integers(-1, n, n).astype(np.int32),
+        "own_report": rng.integers(-1, n, n).astype(np.int32),
         "description_target": rng.random((n, steps)) < 0.3,
         "description_zeroed": rng.random((n, steps)) < 0.3,
         "description_order": np.tile(np.arange(steps, dtype=np.int32), (n, 1)),

@@ -28,7 +28,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"attention_output/kernel", ("tensor", "fsdp")),
     (r"intermediate/kernel", ("fsdp", "tensor")),
     (r"intermediate/bias", ("tensor",)),
-    (r"_ffn/output/kernel", ("tensor", "fsdp")),
+    (r"ffn/output/kernel", ("tensor", "fsdp")),
     (r"embedding/word/embedding", ("tensor", "fsdp")),
     (r"embedding", (None, "fsdp")),
     (r"position", (None, "fsdp")),

@@ -12,12 +12,13 @@ from tiny import CONFIG, init_params, make_batch
 
 from dilbert_jax.models import Dilbert
 from dilbert_jax.sharding import make_mesh, put, put_batch, shardings
+from dilbert_jax.training import objectives
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 NUM_STEPS, BATCH_SIZE = 10, 16
 MODEL = Dilbert(CONFIG)
-LOSS = steps.LossConfig(summary=0.5, temperature=2.0, reduction="mean_valid")
+LOSS = objectives.LossConfig(summary=0.5, temperature=2.0, reduction="mean_valid")
 
 
 def train(data: int, fsdp: int, tensor: int, micro_batches: int = 1):
@@ -25,12 +26,12 @@ def train(data: int, fsdp: int, tensor: int, micro_batches: int = 1):
     mesh = make_mesh(fsdp, tensor, jax.devices()[: data * fsdp * tensor])
     optimizer = make_optimizer(OptimizerConfig("sgd", 0.05, warmup_fraction=0.0), NUM_STEPS)
     create = functools.partial(steps.TrainState.create, optimizer=optimizer)
-    objective = functools.partial(steps.mutual_objective, MODEL, LOSS)
+    objective = functools.partial(objectives.mutual_objective, MODEL, LOSS)
     accumulation = None
     if micro_batches > 1:
-        accumulation = steps.mutual_accumulation(MODEL, LOSS, micro_batches, relate=True)
-    networks = {name: jax.device_get(init_params(i)) for i, name in enumerate(steps.NETWORKS)}
-    frozen = {name: jax.device_get(init_params(i + 2)) for i, name in enumerate(steps.NETWORKS)}
+        accumulation = objectives.mutual_accumulation(MODEL, LOSS, micro_batches, relate=True)
+    networks = {name: jax.device_get(init_params(i)) for i, name in enumerate(objectives.NETWORKS)}
+    frozen = {name: jax.device_get(init_params(i + 2)) for i, name in enumerate(objectives.NETWORKS)}
     placed = shardings(jax.eval_shape(create, networks), mesh)
     losses = []
     with jax.set_mesh(mesh):

@@ -12,6 +12,7 @@ from tiny import CONFIG, NAMES, init_params, make_batch, to_device
 
 from dilbert_jax import losses, relational
 from dilbert_jax.models import Dilbert
+from dilbert_jax.training import objectives
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.accumulation import Accumulation, accumulate
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.numerics
 
 SMALL = dataclasses.replace(CONFIG, num_layers=1, dropout=0.0)  # compiling dominates
 MODEL = Dilbert(SMALL)
-LOSS = steps.LossConfig(summary=0.5, temperature=2.0, scale_by_square=True)
+LOSS = objectives.LossConfig(summary=0.5, temperature=2.0, scale_by_square=True)
 RNG = jax.random.key(0)
 MULTI_LABEL = ("mdc", "summary")
 
@@ -43,11 +44,11 @@ def batch():
 @functools.partial(jax.jit, static_argnums=3)
 def joint(networks, frozen, batch, config):
     """Value, metrics and gradient of the joint objective."""
-    objective = functools.partial(steps.mutual_objective, MODEL, config)
+    objective = functools.partial(objectives.mutual_objective, MODEL, config)
     return jax.value_and_grad(objective, has_aux=True)(networks, frozen, batch, RNG)
 
 
-_pretraining_forward = steps.pretraining_forward
+_pretraining_forward = objectives.pretraining_forward
 
 
 @jax.jit
@@ -59,7 +60,7 @@ def two_pass_gradient(params, peer, snapshot, batch, config):
     """Equation (13) of one network, written out; what the others say is computed before and fixed."""
     peer_logits, peer_encoded = jax.tree.map(np.asarray, forward(peer, batch))
     frozen_logits, _ = jax.tree.map(np.asarray, forward(snapshot, batch))
-    masks = steps.task_masks(batch, config)
+    masks = objectives.task_masks(batch, config)
 
     def divergence(logits, targets, temperature):
         total = 0.0
@@ -70,8 +71,8 @@ def two_pass_gradient(params, peer, snapshot, batch, config):
 
     @jax.jit
     def loss(params):
-        logits, encoded = steps.pretraining_forward(MODEL, params, batch, None)
-        supervised = steps.task_losses(logits, batch, masks, config)
+        logits, encoded = objectives.pretraining_forward(MODEL, params, batch, None)
+        supervised = objectives.task_losses(logits, batch, masks, config)
         cross_entropy = sum(getattr(config, task) * value for task, value in supervised.items())
         mutual = relational.relational_loss(encoded.fused, peer_encoded.fused, beta1=config.beta1)
         mutual += config.beta2 * divergence(logits, peer_logits, 1.0)
@@ -90,7 +91,7 @@ def assert_close(ours, theirs, tolerance):
 
 def test_gradients_equal_the_two_pass_version(networks, frozen, batch):
     (_, metrics), gradient = joint(networks, frozen, batch, LOSS)
-    for name, peer in (steps.NETWORKS, steps.NETWORKS[::-1]):
+    for name, peer in (objectives.NETWORKS, objectives.NETWORKS[::-1]):
         value, expected = two_pass_gradient(networks[name], networks[peer], frozen[name], batch, LOSS)
         np.testing.assert_allclose(metrics[f"{name}/loss"], value, rtol=1e-5)
         assert_close(gradient[name], expected, 2e-4)
@@ -101,13 +102,13 @@ def test_one_update_equals_two_separate_optimizers(networks, frozen, batch):
     optimizer = make_optimizer(OptimizerConfig("sgd", 0.24, warmup_fraction=0.0), 10)
     expected = {}
     _, gradient = joint(networks, frozen, batch, LOSS)
-    for name in steps.NETWORKS:
+    for name in objectives.NETWORKS:
         state = optimizer.init(networks[name])
         for _ in range(2):  # the schedule starts at 0: twice the same gradient, then look
             updates, state = optimizer.update(gradient[name], state, networks[name])
         expected[name] = optax.apply_updates(networks[name], updates)
 
-    objective = functools.partial(steps.mutual_objective, MODEL, LOSS)
+    objective = functools.partial(objectives.mutual_objective, MODEL, LOSS)
     update = steps.make_step(objective, optimizer)
     start = steps.TrainState.create(jax.tree.map(jnp.array, networks), optimizer)
     first, _ = update(start, frozen, batch, RNG)
@@ -144,7 +145,7 @@ def said(networks, frozen, batch):
 
 def test_the_objective_is_made_of_these_terms(networks, frozen, batch, said):
     (total, metrics), _ = joint(networks, frozen, batch, LOSS)
-    expected, terms = steps.mutual_terms(LOSS, *said, batch)
+    expected, terms = objectives.mutual_terms(LOSS, *said, batch)
     np.testing.assert_allclose(total, expected, rtol=1e-5)
     assert metrics.keys() == terms.keys()
 
@@ -152,8 +153,8 @@ def test_the_objective_is_made_of_these_terms(networks, frozen, batch, said):
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_a_weight_changes_exactly_its_terms(said, batch, weight):
     changed = dataclasses.replace(LOSS, **{weight: getattr(LOSS, weight) + 0.75})
-    before, after = (jax.device_get(steps.mutual_terms(c, *said, batch)[1]) for c in (LOSS, changed))
-    for name in steps.NETWORKS:
+    before, after = (jax.device_get(objectives.mutual_terms(c, *said, batch)[1]) for c in (LOSS, changed))
+    for name in objectives.NETWORKS:
         terms = {key.split("/")[1]: v for key, v in before.items() if key.startswith(name)}
         for key in terms.keys() - {"loss"}:
             np.testing.assert_allclose(after[f"{name}/{key}"], terms[key], rtol=1e-6, err_msg=key)
@@ -165,12 +166,12 @@ def test_a_weight_changes_exactly_its_terms(said, batch, weight):
 @pytest.mark.parametrize("square", [False, True])
 def test_temperature_changes_self_distillation_alone(said, batch, square):
     changed = dataclasses.replace(LOSS, temperature=5.0, scale_by_square=square)
-    before, after = (jax.device_get(steps.mutual_terms(c, *said, batch)[1]) for c in (LOSS, changed))
-    for name in steps.NETWORKS:
-        for key in before.keys() - {f"{n}/{k}" for n in steps.NETWORKS for k in ("self", "loss")}:
+    before, after = (jax.device_get(objectives.mutual_terms(c, *said, batch)[1]) for c in (LOSS, changed))
+    for name in objectives.NETWORKS:
+        for key in before.keys() - {f"{n}/{k}" for n in objectives.NETWORKS for k in ("self", "loss")}:
             np.testing.assert_allclose(after[key], before[key], rtol=1e-6, err_msg=key)
         logits, _, anchors = (part[name] for part in said)
-        softened = steps.soften(logits, anchors, steps.task_masks(batch, LOSS), LOSS, 5.0)
+        softened = objectives.soften(logits, anchors, objectives.task_masks(batch, LOSS), LOSS, 5.0)
         expected = softened * (25.0 if square else 1.0)
         np.testing.assert_allclose(after[f"{name}/self"], expected, rtol=1e-5)
         assert abs(after[f"{name}/self"] - before[f"{name}/self"]) > 1e-3 * before[f"{name}/self"]
@@ -178,10 +179,12 @@ def test_temperature_changes_self_distillation_alone(said, batch, square):
 
 def test_temperature_reaches_the_soft_labels_of_the_student(networks, batch, monkeypatch):
     # The compiled forward pass: running the network op by op would compile every op.
-    monkeypatch.setattr(steps, "pretraining_forward", lambda model, params, b, dropout: forward(params, b))
+    monkeypatch.setattr(
+        objectives, "pretraining_forward", lambda model, params, b, dropout: forward(params, b)
+    )
 
     def soft(config):
-        return steps.pretraining_objective(
+        return objectives.pretraining_objective(
             MODEL, config, {"student": networks["student"]}, networks["teacher"], batch, RNG
         )[1]
 
@@ -198,7 +201,7 @@ def test_one_network_alone_is_plain_pretraining(networks, frozen, batch):
     assert not {"student/response", "student/distance", "student/angle"} & metrics.keys()
 
     def plain(params):
-        return steps.pretraining_objective(MODEL, config, params, None, batch, RNG)[0]
+        return objectives.pretraining_objective(MODEL, config, params, None, batch, RNG)[0]
 
     expected, expected_gradient = jax.jit(jax.value_and_grad(plain))(alone)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
@@ -207,9 +210,9 @@ def test_one_network_alone_is_plain_pretraining(networks, frozen, batch):
 
 def test_both_networks_and_snapshots_see_the_same_corrupted_batch(networks, batch):
     """With one set of weights everywhere nothing is left to distil (no dropout here)."""
-    same = {name: networks["teacher"] for name in steps.NETWORKS}
+    same = {name: networks["teacher"] for name in objectives.NETWORKS}
     (_, metrics), gradient = joint(same, same, batch, LOSS)
-    for name in steps.NETWORKS:
+    for name in objectives.NETWORKS:
         for term in ("response", "self", "distance", "angle"):
             assert abs(float(metrics[f"{name}/{term}"])) < 1e-5
     assert_close(gradient["teacher"], gradient["student"], 1e-6)
@@ -231,23 +234,23 @@ def test_micro_batches_add_up_to_the_batch(stage, k):
         batch[name] = rng.random(batch[name].shape) < 0.4
     batch["organ"][:5] = -1
     batch = to_device(batch)
-    networks = {name: init_params(i, SMALL) for i, name in enumerate(steps.NETWORKS)}
-    frozen = {name: init_params(i + 2, SMALL) for i, name in enumerate(steps.NETWORKS)}
+    networks = {name: init_params(i, SMALL) for i, name in enumerate(objectives.NETWORKS)}
+    frozen = {name: init_params(i + 2, SMALL) for i, name in enumerate(objectives.NETWORKS)}
     entity_of_region = jnp.asarray([0, 1, -1, 2])
-    objective = functools.partial(steps.mutual_objective, MODEL, LOSS)
-    how = steps.mutual_accumulation(MODEL, LOSS, k, relate=True)
+    objective = functools.partial(objectives.mutual_objective, MODEL, LOSS)
+    how = objectives.mutual_accumulation(MODEL, LOSS, k, relate=True)
     if stage == "pretraining":
         how = Accumulation(k, how.masks)
 
         def objective(p, f, b, r, *part):
-            return steps.pretraining_objective(MODEL, LOSS, p, f["teacher"], b, r, *part)
+            return objectives.pretraining_objective(MODEL, LOSS, p, f["teacher"], b, r, *part)
 
     elif stage == "annotation":
-        masks = functools.partial(steps.annotation_masks, entity_of_region=entity_of_region)
+        masks = functools.partial(objectives.annotation_masks, entity_of_region=entity_of_region)
         how = Accumulation(k, masks)
 
         def objective(p, f, b, r, *part):
-            return steps.annotation_objective(MODEL, LOSS, p, NAMES, entity_of_region, b, r, *part)
+            return objectives.annotation_objective(MODEL, LOSS, p, NAMES, entity_of_region, b, r, *part)
 
     whole = jax.jit(jax.value_and_grad(objective, has_aux=True))
     parts = jax.jit(functools.partial(accumulate, objective, how))
@@ -262,9 +265,9 @@ def test_micro_batches_add_up_to_the_batch(stage, k):
 
 def test_relations_within_micro_batches_are_another_loss():
     batch = to_device(make_batch(3, 8))
-    networks = {name: init_params(i, SMALL) for i, name in enumerate(steps.NETWORKS)}
-    objective = functools.partial(steps.mutual_objective, MODEL, LOSS)
-    how = steps.mutual_accumulation(MODEL, LOSS, 2, relate=False)
+    networks = {name: init_params(i, SMALL) for i, name in enumerate(objectives.NETWORKS)}
+    objective = functools.partial(objectives.mutual_objective, MODEL, LOSS)
+    how = objectives.mutual_accumulation(MODEL, LOSS, 2, relate=False)
     (_, parts), _ = jax.jit(functools.partial(accumulate, objective, how))(networks, networks, batch, RNG)
     halves = [{name: x[i::2] for name, x in batch.items()} for i in range(2)]
     mean = np.mean([objective(networks, networks, half, RNG)[1]["student/angle"] for half in halves])

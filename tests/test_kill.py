@@ -19,8 +19,7 @@ from small_export import shared_config, shared_experiment
 
 from dilbert_jax.config import save_config
 from dilbert_jax.experiment import load_context, open_experiment
-from dilbert_jax.training import loop
-from dilbert_jax.training import step as steps
+from dilbert_jax.training import loop, objectives
 from dilbert_jax.training.checkpoints import StageCheckpoints
 from dilbert_jax.training.log import read_metrics
 
@@ -190,7 +189,7 @@ def test_the_log_of_a_killed_run_holds_every_record_once(killed, uninterrupted):
 @pytest.mark.parametrize("stage", loop.STAGES)
 def test_a_killed_run_ends_with_the_same_parameters(killed, uninterrupted, stage):
     context = load_context(uninterrupted)
-    for network in steps.NETWORKS if stage in ("mutual", "finetune") else (stage,):
+    for network in objectives.NETWORKS if stage in ("mutual", "finetune") else (stage,):
         (first, step), (second, other) = (
             loop.network_params(context, workdir, stage, network) for workdir in (uninterrupted, killed[0])
         )
@@ -325,7 +324,7 @@ def test_a_request_to_stop_in_the_last_step_of_a_stage_is_kept(tmp_path_factory,
         return total, {"loss": total}
 
     monkeypatch.setattr(loop, "training_batches", with_signal)
-    monkeypatch.setattr(steps, "pretraining_objective", objective)
+    monkeypatch.setattr(objectives, "pretraining_objective", objective)
     with pytest.raises(KeyboardInterrupt):
         loop.train(experiment, tmp_path)
     assert saved_steps(tmp_path, "teacher")[0] == [4] and not (tmp_path / "checkpoints" / "student").exists()

@@ -15,7 +15,7 @@ from dilbert_jax.models import SYSTEMS, make_network
 from dilbert_jax.models.attention import attend
 from dilbert_jax.models.conv3d import conv3d, patchify
 from dilbert_jax.models.regions import pool_regions
-from dilbert_jax.training.step import VISUAL
+from dilbert_jax.training.objectives import VISUAL
 
 pytestmark = pytest.mark.numerics
 

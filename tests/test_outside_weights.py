@@ -11,7 +11,7 @@ from tiny import CONFIG, make_batch
 
 from dilbert_jax.models import Dilbert
 from dilbert_jax.models.r3d import R3D18
-from dilbert_jax.training.step import VISUAL
+from dilbert_jax.training.objectives import VISUAL
 
 safetensors = pytest.importorskip("safetensors.numpy")
 from dilbert_jax.parity.outside import with_bert, with_r3d_18  # noqa: E402

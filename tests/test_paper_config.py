@@ -13,6 +13,7 @@ from small_export import make_small_export
 from dilbert_jax.config import check_config
 from dilbert_jax.experiment import open_experiment
 from dilbert_jax.input_pipeline import training_batches
+from dilbert_jax.training import objectives
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
 
@@ -34,7 +35,9 @@ def experiment(tmp_path_factory):
 
 def make_update(experiment):
     config = experiment.context.config
-    objective = functools.partial(steps.mutual_objective, experiment.context.model, experiment.context.loss)
+    objective = functools.partial(
+        objectives.mutual_objective, experiment.context.model, experiment.context.loss
+    )
     # The first step of the schedule has rate 0: without warm-up it is the literal 0.24.
     settings = {**config.optimizer, "warmup_fraction": 0.0}
     optimizer = make_optimizer(OptimizerConfig(**settings), 100)
@@ -61,17 +64,17 @@ def test_it_builds_at_its_full_batch(experiment):
     optimizer, update = make_update(experiment)
     params = jax.eval_shape(experiment.context.init_params, jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(params)) > 1.5e8
-    networks = {name: params for name in steps.NETWORKS}
+    networks = {name: params for name in objectives.NETWORKS}
     state = jax.eval_shape(lambda p: steps.TrainState.create(p, optimizer), networks)
     new, metrics = jax.eval_shape(update, state, networks, batch, jax.random.key(0))
     assert jax.tree.map(lambda x: x.shape, new.params) == jax.tree.map(lambda x: x.shape, networks)
-    assert {f"{n}/{t}" for n in steps.NETWORKS for t in steps.PAPER_TASKS} <= metrics.keys()
+    assert {f"{n}/{t}" for n in objectives.NETWORKS for t in objectives.PAPER_TASKS} <= metrics.keys()
 
 
 @pytest.mark.slow
 def test_it_takes_a_real_step(experiment):
     optimizer, update = make_update(experiment)
-    params = {n: experiment.context.init_params(jax.random.key(i)) for i, n in enumerate(steps.NETWORKS)}
+    params = {n: experiment.context.init_params(jax.random.key(i)) for i, n in enumerate(objectives.NETWORKS)}
     before = {n: np.asarray(p["mlm_transform"]["dense"]["kernel"]) for n, p in params.items()}
     state = steps.TrainState.create(jax.tree.map(jnp.array, params), optimizer)
     batch = take(experiment, 2)
@@ -79,7 +82,7 @@ def test_it_takes_a_real_step(experiment):
         state, metrics = update(state, params, batch, jax.random.key(0))
         assert np.isfinite(float(metrics["loss"]))
     assert int(state.step) == 2
-    for name in steps.NETWORKS:
+    for name in objectives.NETWORKS:
         assert (
             np.abs(np.asarray(state.params[name]["mlm_transform"]["dense"]["kernel"]) - before[name]).max()
             > 0

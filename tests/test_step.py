@@ -10,13 +10,14 @@ import pytest
 from tiny import CONFIG, NAMES, init_params, make_batch, to_device
 
 from dilbert_jax.models import Dilbert
+from dilbert_jax.training import objectives
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
 pytestmark = pytest.mark.numerics
 
 MODEL = Dilbert(dataclasses.replace(CONFIG, dropout=0.0))
-LOSS = steps.LossConfig()
+LOSS = objectives.LossConfig()
 RNG = jax.random.key(0)
 
 
@@ -32,7 +33,9 @@ def frozen():
 
 def mutual(networks, frozen, batch, config=LOSS):
     """The mutual objective, jitted: running it op by op would compile every op."""
-    return jax.jit(functools.partial(steps.mutual_objective, MODEL, config))(networks, frozen, batch, RNG)
+    return jax.jit(functools.partial(objectives.mutual_objective, MODEL, config))(
+        networks, frozen, batch, RNG
+    )
 
 
 def largest(tree) -> float:
@@ -41,10 +44,10 @@ def largest(tree) -> float:
 
 def test_mismatched_pairs_count_for_matching_only(networks):
     batch = to_device(make_batch())
-    masks = steps.task_masks(batch, LOSS)
+    masks = objectives.task_masks(batch, LOSS)
     assert not bool(masks["mlm"][1::2].any() | masks["mdc"][1::2].any() | masks["moc"][1::2].any())
     assert bool(masks["cmm"].all())
-    assert bool(steps.task_masks(batch, dataclasses.replace(LOSS, all_pairs=True))["mlm"][1::2].all())
+    assert bool(objectives.task_masks(batch, dataclasses.replace(LOSS, all_pairs=True))["mlm"][1::2].all())
 
 
 def test_a_batch_without_valid_positions_costs_exactly_nothing(networks):
@@ -54,7 +57,7 @@ def test_a_batch_without_valid_positions_costs_exactly_nothing(networks):
     batch = to_device(batch)
 
     def loss(params):
-        return steps.pretraining_objective(MODEL, LOSS, {"teacher": params}, None, batch, RNG)[0]
+        return objectives.pretraining_objective(MODEL, LOSS, {"teacher": params}, None, batch, RNG)[0]
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(networks["teacher"])
     assert float(value) == 0.0
@@ -68,9 +71,9 @@ def test_mutual_loss_is_equation_13(networks, frozen):
     for name in ("teacher", "student"):
         t = {
             key: float(terms[f"{name}/{key}"])
-            for key in (*steps.PAPER_TASKS, "distance", "angle", "response", "self")
+            for key in (*objectives.PAPER_TASKS, "distance", "angle", "response", "self")
         }
-        supervised = sum(t[task] for task in steps.PAPER_TASKS)
+        supervised = sum(t[task] for task in objectives.PAPER_TASKS)
         learned = t["distance"] + 3.0 * t["angle"] + 0.5 * t["response"]
         expected = 0.3 * supervised + 0.7 * learned + 0.9 * t["self"]
         np.testing.assert_allclose(float(terms[f"{name}/loss"]), expected, rtol=1e-5)
@@ -91,14 +94,14 @@ def test_without_a_weight_the_summary_task_does_not_exist(networks, frozen):
 def test_summary_is_the_mean_of_both_sides_and_counts_mismatched_pairs(networks, frozen):
     batch = make_batch()
     batch["report_classes_mask"][:2] = False
-    logits, _ = steps.pretraining_forward(MODEL, networks["teacher"], to_device(batch), None)
+    logits, _ = objectives.pretraining_forward(MODEL, networks["teacher"], to_device(batch), None)
     z = np.asarray(logits["summary"], np.float64)
     target = np.stack([batch["classes"], batch["report_classes"]], axis=1)
     entropy = np.logaddexp(0.0, np.where(target, -z, z)).mean(-1)
     counted = np.concatenate([entropy[:, 0], entropy[2:, 1]])
     config = dataclasses.replace(LOSS, summary=2.0)
-    masks = steps.task_masks(to_device(batch), config)
-    found = steps.task_losses(logits, to_device(batch), masks, config)["summary"]
+    masks = objectives.task_masks(to_device(batch), config)
+    found = objectives.task_losses(logits, to_device(batch), masks, config)["summary"]
     np.testing.assert_allclose(float(found), counted.mean(), rtol=1e-5)
     plain, with_it = (mutual(networks, frozen, to_device(batch), c)[1] for c in (LOSS, config))
     extra = 2.0 * LOSS.alpha * float(with_it["teacher/summary"])
@@ -110,7 +113,7 @@ def test_weights_of_fine_tuning_weigh_their_own_term(networks):
     names = tuple(map(jnp.asarray, NAMES))
 
     def losses(config):
-        return steps.annotation_objective(
+        return objectives.annotation_objective(
             MODEL, config, networks, names, jnp.asarray([0, 1, -1, 2]), batch, RNG
         )[1]
 
@@ -131,9 +134,9 @@ def test_no_gradient_flows_into_the_peer_or_the_snapshots(networks, frozen):
     batch = to_device(make_batch())
 
     def one_loss(name, params, snapshots):
-        return steps.mutual_objective(MODEL, LOSS, params, snapshots, batch, RNG)[1][f"{name}/loss"]
+        return objectives.mutual_objective(MODEL, LOSS, params, snapshots, batch, RNG)[1][f"{name}/loss"]
 
-    for name, peer in (steps.NETWORKS, steps.NETWORKS[::-1]):
+    for name, peer in (objectives.NETWORKS, objectives.NETWORKS[::-1]):
         gradient = jax.jit(jax.grad(functools.partial(one_loss, name), (0, 1)))
         to_networks, to_snapshots = gradient(networks, frozen)
         assert largest(to_networks[name]) > 1e-4
@@ -145,7 +148,7 @@ def test_soft_labels_pull_the_student_only(networks):
     batch = to_device(make_batch())
 
     def loss(params, teacher):
-        return steps.pretraining_objective(MODEL, LOSS, {"student": params}, teacher, batch, RNG)[0]
+        return objectives.pretraining_objective(MODEL, LOSS, {"student": params}, teacher, batch, RNG)[0]
 
     to_student, to_teacher = jax.jit(jax.grad(loss, (0, 1)))(networks["student"], networks["teacher"])
     assert largest(to_student) > 0 and largest(to_teacher) == 0.0
@@ -172,7 +175,7 @@ def run_steps(objective, params, frozen, batch, count, learning_rate=3e-3):
 def test_both_networks_overfit_a_tiny_batch_in_the_mutual_stage(networks, frozen):
     batch = to_device(make_batch())
     config = dataclasses.replace(LOSS, alpha=1.0, beta=0.1, gamma=0.0)
-    objective = functools.partial(steps.mutual_objective, MODEL, config)
+    objective = functools.partial(objectives.mutual_objective, MODEL, config)
     _, losses = run_steps(objective, networks, frozen, batch, 80)
     assert losses[-1] < 0.25 * losses[0]
 
@@ -183,11 +186,11 @@ def test_annotation_overfits_a_tiny_batch(networks):
     names = tuple(map(jnp.asarray, NAMES))
 
     def objective(params, frozen, b, rng):
-        return steps.annotation_objective(MODEL, LOSS, params, names, jnp.asarray([0, 1, -1, 2]), b, rng)
+        return objectives.annotation_objective(MODEL, LOSS, params, names, jnp.asarray([0, 1, -1, 2]), b, rng)
 
     state, losses = run_steps(objective, networks, {}, to_device(batch), 80)
     assert losses[-1] < 0.35 * losses[0]
-    forward = jax.jit(lambda p, b: steps.annotation_forward(MODEL, p, b, names, None)[0])
+    forward = jax.jit(lambda p, b: objectives.annotation_forward(MODEL, p, b, names, None)[0])
     logits = forward(state.params["student"], to_device(batch))
     np.testing.assert_array_equal(np.argmax(logits["organ"], -1), batch["organ"])
 
@@ -199,7 +202,7 @@ def test_a_non_finite_loss_leaves_the_state_as_it_was(networks):
     state = steps.TrainState.create(jax.tree.map(jnp.array, params), optimizer)
 
     def objective(p, frozen, b, rng):
-        loss, metrics = steps.pretraining_objective(MODEL, LOSS, p, None, b, rng)
+        loss, metrics = objectives.pretraining_objective(MODEL, LOSS, p, None, b, rng)
         return loss * b["scale"], metrics | {"teacher/loss": loss * b["scale"]}
 
     update = steps.make_step(objective, optimizer)

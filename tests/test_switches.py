@@ -16,20 +16,19 @@ from tiny import CONFIG, A, B, E, M, init_params, make_batch, to_device
 from dilbert_jax.config import default_config
 from dilbert_jax.models import Dilbert
 from dilbert_jax.sharding import make_mesh
-from dilbert_jax.training import loop
-from dilbert_jax.training import step as steps
+from dilbert_jax.training import loop, objectives
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
 # One worker runs the files that share the small export.
 pytestmark = [pytest.mark.xdist_group("trained"), pytest.mark.numerics]
 QUIET = dataclasses.replace(CONFIG, num_layers=1, dropout=0.0)  # compiling dominates
-LOSS = steps.LossConfig()
+LOSS = objectives.LossConfig()
 RNG = jax.random.key(0)
 
 
 def encode(config, params, batch, **changes):
     def run(module, batch):
-        arguments = {name: batch[name] for name in steps.VISUAL}
+        arguments = {name: batch[name] for name in objectives.VISUAL}
         return module.encode(**arguments, **changes)
 
     return jax.jit(nn.apply(run, Dilbert(config)))({"params": params}, batch)
@@ -38,7 +37,7 @@ def encode(config, params, batch, **changes):
 def pretraining(model_config, loss_config, batch, seed=1):
     """Loss and metrics of one network, freshly initialised."""
     params = {"student": init_params(seed, model_config)}
-    objective = functools.partial(steps.pretraining_objective, Dilbert(model_config), loss_config)
+    objective = functools.partial(objectives.pretraining_objective, Dilbert(model_config), loss_config)
     return jax.jit(lambda p, b: objective(p, None, b, RNG))(params, to_device(batch))
 
 
@@ -54,7 +53,7 @@ def test_r3d_18_takes_the_place_of_the_small_cnn():
     batch["box_frames"][:] = 4
 
     def run(module, batch):
-        return module.encode(**{name: batch[name] for name in steps.VISUAL})
+        return module.encode(**{name: batch[name] for name in objectives.VISUAL})
 
     encoded, variables = jax.jit(nn.init_with_output(run, Dilbert(config)))(jax.random.key(0), batch)
     assert encoded.streams["description"].shape == (1, 2, 16)
@@ -101,9 +100,9 @@ def test_the_order_task_exists_only_with_a_weight():
     assert "student/order" not in plain
     config, loss = dataclasses.replace(QUIET, order=True), dataclasses.replace(LOSS, order=2.0)
     _, metrics = pretraining(config, loss, batch)
-    expected = sum(metrics[f"student/{t}"] for t in steps.PAPER_TASKS) + 2.0 * metrics["student/order"]
+    expected = sum(metrics[f"student/{t}"] for t in objectives.PAPER_TASKS) + 2.0 * metrics["student/order"]
     np.testing.assert_allclose(metrics["student/loss"], expected, rtol=1e-5)
-    targets = steps.task_targets(to_device(batch), loss)["order"]
+    targets = objectives.task_targets(to_device(batch), loss)["order"]
     np.testing.assert_array_equal(targets, np.arange(B) % 2)
 
 
@@ -128,7 +127,7 @@ def test_mdc_classifies_masked_words_by_their_entity():
     loss = dataclasses.replace(LOSS, mdc_target="entity")
     _, metrics = pretraining(config, loss, batch)
     params = init_params(1, config)
-    run = jax.jit(lambda p, b: steps.pretraining_forward(Dilbert(config), p, b, None))
+    run = jax.jit(lambda p, b: objectives.pretraining_forward(Dilbert(config), p, b, None))
     logits, _ = run(params, to_device(batch))
     assert logits["mdc"].shape == (B, M, E)
     counted = batch["mlm_mask"] & batch["matched"][:, None] & (batch["mlm_entities"] >= 0)
@@ -199,17 +198,20 @@ def test_any_mismatch_may_take_a_report_of_the_same_patient():
 @pytest.fixture(scope="module")
 def said():
     """Logits and encodings of two networks on one batch."""
-    run = jax.jit(lambda p, b: steps.pretraining_forward(Dilbert(QUIET), p, b, None))
+    run = jax.jit(lambda p, b: objectives.pretraining_forward(Dilbert(QUIET), p, b, None))
     return {
-        name: run(init_params(i, QUIET), to_device(make_batch())) for i, name in enumerate(steps.NETWORKS)
+        name: run(init_params(i, QUIET), to_device(make_batch()))
+        for i, name in enumerate(objectives.NETWORKS)
     }
 
 
 def mutual_terms(said, **changes):
     config = dataclasses.replace(LOSS, **changes)
     logits = {name: logits for name, (logits, _) in said.items()}
-    vectors = {name: steps.relational_vector(e, config.relational_layer) for name, (_, e) in said.items()}
-    return steps.mutual_terms(config, logits, vectors, logits, to_device(make_batch()))[1]
+    vectors = {
+        name: objectives.relational_vector(e, config.relational_layer) for name, (_, e) in said.items()
+    }
+    return objectives.mutual_terms(config, logits, vectors, logits, to_device(make_batch()))[1]
 
 
 def test_reductions_differ_by_what_they_count(said):
@@ -231,7 +233,7 @@ def test_every_relational_layer_compares_other_vectors_and_none_compares_nothing
     assert len({round(v, 6) for v in values}) == 4 and min(values) > 0
     none = mutual_terms(said, relational_layer="none")
     assert "student/angle" not in none and "student/distance" not in none
-    expected = LOSS.alpha * sum(none[f"student/{t}"] for t in steps.PAPER_TASKS)
+    expected = LOSS.alpha * sum(none[f"student/{t}"] for t in objectives.PAPER_TASKS)
     expected += LOSS.beta * LOSS.beta2 * none["student/response"] + LOSS.gamma * none["student/self"]
     np.testing.assert_allclose(none["student/loss"], expected, rtol=1e-5)
 
@@ -256,7 +258,7 @@ def test_the_student_learns_from_the_teacher_unless_independent(experiment, inde
 
 def test_a_single_network_has_no_teacher_and_no_stage_of_it():
     config = default_config()
-    assert loop.stage_names(config) == loop.STAGES and loop.network_names(config) == steps.NETWORKS
+    assert loop.stage_names(config) == loop.STAGES and loop.network_names(config) == objectives.NETWORKS
     config.train.single_network = True
     assert loop.stage_names(config) == ("student", "mutual", "finetune")
     assert loop.network_names(config) == ("student",)

@@ -14,7 +14,7 @@ from tiny import tiny_run_config
 from dilbert_jax import run
 from dilbert_jax.config import check_config, default_config, load_config, save_config
 from dilbert_jax.experiment import load_context, open_experiment
-from dilbert_jax.training import loop
+from dilbert_jax.training import loop, objectives
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.checkpoints import StageCheckpoints
 from dilbert_jax.training.log import MetricsLog, read_metrics
@@ -53,7 +53,7 @@ def records(workdir, stage, split="train"):
 
 
 def assert_same_params(a, b, experiment, stage):
-    for network in steps.NETWORKS:
+    for network in objectives.NETWORKS:
         (first, step), (second, other) = (
             loop.network_params(experiment.context, workdir, stage, network) for workdir in (a, b)
         )
@@ -229,7 +229,7 @@ def test_the_log_holds_every_term_of_equation_13(trained):
     config, workdir = trained
     weights = config.loss
     for record in records(workdir, "mutual"):
-        for network in steps.NETWORKS:
+        for network in objectives.NETWORKS:
             terms = {k.split("/")[1]: v for k, v in record.items() if k.startswith(f"{network}/")}
             supervised = sum(weights[task] * terms[task] for task in TASKS)
             relational = terms["distance"] + weights.beta1 * terms["angle"]
@@ -242,7 +242,7 @@ def test_the_log_holds_every_term_of_equation_13(trained):
     teacher, student = records(workdir, "teacher")[0], records(workdir, "student")[0]
     assert "teacher/soft_labels" not in teacher and student["student/soft_labels"] > 0
     fine = records(workdir, "finetune")[-1]
-    for network in steps.NETWORKS:
+    for network in objectives.NETWORKS:
         annotation = ("organ", "condition", "findings", "match", "grounding")
         terms = [weights[t] * fine[f"{network}/{t}"] for t in annotation]
         assert fine[f"{network}/loss"] == pytest.approx(sum(terms), rel=1e-4)
@@ -251,7 +251,7 @@ def test_the_log_holds_every_term_of_equation_13(trained):
 def test_fine_tuning_learns(trained):
     _, workdir = trained
     first, last = records(workdir, "finetune")[0], records(workdir, "finetune")[-1]
-    for network in steps.NETWORKS:
+    for network in objectives.NETWORKS:
         assert last[f"{network}/loss"] < first[f"{network}/loss"]
 
 
@@ -366,7 +366,7 @@ def test_a_signal_inside_a_step_loses_no_checkpoint(trained, tmp_path, monkeypat
 
         return interrupted
 
-    monkeypatch.setattr(steps, "annotation_objective", fake_objective)
+    monkeypatch.setattr(objectives, "annotation_objective", fake_objective)
     monkeypatch.setattr(loop, "training_batches", marked_batches(loop.training_batches, bad_step=None))
     monkeypatch.setattr(loop, "_validate", lambda *_: {})
     monkeypatch.setattr(steps, "make_step", make_interrupted)

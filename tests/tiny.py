@@ -10,7 +10,7 @@ import numpy as np
 
 from dilbert_jax.config import default_config
 from dilbert_jax.models import NetworkConfig, make_network
-from dilbert_jax.training.step import VISUAL
+from dilbert_jax.training.objectives import VISUAL
 
 B, T, S, A, R, L, M, F, C, E = 4, 4, 16, 2, 5, 12, 2, 3, 5, 6
 
@@ -42,6 +42,8 @@ def make_batch(seed: int = 0, batch_size: int = B) -> dict[str, np.ndarray]:
         "mlm_mask": np.ones((n, M), bool),
         "matched": np.arange(n) % 2 == 0,
         "cmm_mask": np.ones(n, bool),
+        "report": np.where(np.arange(n) % 2 == 0, np.arange(n), (np.arange(n) + 1) % n).astype(np.int32),
+        "own_report": np.arange(n, dtype=np.int32),
         "description_target": np.tile([True, False], (n, A // 2)),
         "description_zeroed": np.tile([True, False], (n, A // 2)),
         "organ": rng.integers(0, 3, n).astype(np.int32),

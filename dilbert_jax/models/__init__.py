@@ -6,14 +6,23 @@ Axis letters used in shape comments:
   D hidden size; N attention heads; K head width; V vocabulary; E candidate entities.
 """
 
-from dilbert_jax.models.baselines.bert import Bert
+from dilbert_jax.models import dilbert
+from dilbert_jax.models.baselines import actbert, bert, cbt, hero, mmft_bert, videobert
 from dilbert_jax.models.dilbert import Dilbert
-from dilbert_jax.models.network import Network, NetworkConfig
+from dilbert_jax.models.network import Network, NetworkConfig, System
 
-# The systems by `model.name`.
-SYSTEMS: dict[str, type[Network]] = {"dilbert": Dilbert, "bert": Bert}
+# The systems by `model.name`, in the order of the paper's tables.
+SYSTEMS: dict[str, System] = {
+    "bert": bert.SYSTEM,
+    "videobert": videobert.SYSTEM,
+    "cbt": cbt.SYSTEM,
+    "hero": hero.SYSTEM,
+    "mmft_bert": mmft_bert.SYSTEM,
+    "actbert": actbert.SYSTEM,
+    "dilbert": dilbert.SYSTEM,
+}
 
-__all__ = ["SYSTEMS", "Bert", "Dilbert", "Network", "NetworkConfig", "make_network"]
+__all__ = ["SYSTEMS", "Dilbert", "Network", "NetworkConfig", "System", "make_network"]
 
 
 def make_network(config: NetworkConfig) -> Network:
@@ -24,4 +33,4 @@ def make_network(config: NetworkConfig) -> Network:
     """
     if config.name not in SYSTEMS:
         raise ValueError(f"model.name is {config.name!r}; choose one of {', '.join(SYSTEMS)}")
-    return SYSTEMS[config.name](config)
+    return SYSTEMS[config.name].network(config)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 import jax
 import jax.numpy as jnp
 
-from dilbert_jax.models.network import Network
+from dilbert_jax.models.network import Network, System
 from dilbert_jax.models.tangled import TangledBlock
 
 Array = jax.Array
@@ -16,15 +14,16 @@ Array = jax.Array
 class Dilbert(Network):
     """The paper's network (PAPER section 3)."""
 
-    distilled: ClassVar[bool] = True
-
-    def make_block(self, **fields: Any) -> TangledBlock:
+    def setup(self) -> None:
+        super().setup()
         c = self.config
-        return TangledBlock(
-            c.hidden_size, c.num_heads, c.ffn_size, c.dropout, jnp.dtype(c.dtype), c.tnt_mode, **fields
-        )
+        fields = c.hidden_size, c.num_heads, c.ffn_size, c.dropout, jnp.dtype(c.dtype), c.tnt_mode
+        self.layers = [TangledBlock(*fields) for _ in range(c.num_layers)]
 
     def fuse(
         self, streams: dict[str, Array], masks: dict[str, Array], deterministic: bool
-    ) -> tuple[dict[str, Array], dict[str, Array]]:
-        return self.run_blocks(streams, masks, deterministic)
+    ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
+        return *self.run_blocks(self.layers, streams, masks, deterministic), {}
+
+
+SYSTEM = System(Dilbert, distilled=True, guided_masking=True)

@@ -1,12 +1,13 @@
 """What all systems share: three streams from a clip and its report, and the heads of the tasks.
 
-A system is a `Network` with an encoder of its own, which makes the streams know of each other (`fuse`).
+A system is a `Network` with an encoder of its own, which makes the streams know of each other (`fuse`), and perhaps
+pre-training tasks of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from dilbert_jax.models.attention import LAYER_NORM_EPSILON, Dense, at_least_float32
+from dilbert_jax.models.attention import LAYER_NORM_EPSILON, Dense, TransformerBlock, at_least_float32
 from dilbert_jax.models.conv3d import VideoEncoder
 from dilbert_jax.models.embeddings import (
     NUM_TOKEN_TYPES,
@@ -51,6 +52,8 @@ class NetworkConfig:
       order: there is a head that tells shuffled description tokens from those in order (D9).
       remat: what the backward pass computes again instead of keeping it: "none", "dots" (all but the products with
         weights) or "full" (whole blocks).
+      visual_words: branching of each level of VideoBERT's hierarchical k-means; their product is how many words there
+        are.
       unroll: how many blocks the compiled loop over blocks holds; 0 = all on CPU, one elsewhere.
       dtype: compute dtype name; parameters, softmax and losses stay float32.
     """
@@ -78,6 +81,7 @@ class NetworkConfig:
     temporal_position: bool = True
     mdc_target: str = "description"
     order: bool = False
+    visual_words: tuple[int, ...] = (8, 8)
     remat: str = "none"
     unroll: int = 0
     dtype: str = "float32"
@@ -99,7 +103,11 @@ class Encoded:
       pooled: one vector per stream [B, D].
       fused: pool_w * pool_a + pool_w * pool_r, [B, D]: what matching and the relational losses look at.
       overview: the 3-D CNN's own view of the clip, [B, 6 * C] (see `_overview`).
-      cross_weights: last block's cross attention, entity [B, N, A, L] and region [B, N, A, R].
+      cross_weights: last block's attention of the description, entity [B, N, A, L] and region [B, N, A, R]; empty where
+        the description does not look at them.
+      embedded: hidden states per stream before the encoder.
+      features: what the 3-D CNN says of each temporal step, [B, A, 2 * C], nothing blanked or shuffled.
+      own: what the system's own tasks need to know of the encoder.
     """
 
     streams: dict[str, Array]
@@ -108,6 +116,30 @@ class Encoded:
     fused: Array
     overview: Array
     cross_weights: dict[str, Array]
+    embedded: dict[str, Array]
+    features: Array
+    own: dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """A system to train: its network, and what else sets it apart.
+
+    Attributes:
+      network: the class.
+      own_losses: the losses of its own pre-training tasks, each already with its weight relative to MLM's: (what
+        `Network.own_tasks` says, batch) -> name -> scalar. None = the common tasks alone.
+      distilled: there are a teacher and a stage of mutual learning.
+      guided_masking: the knowledge graph chooses the masked words (D8), which is DILBERT's own idea.
+      prepare: what is learned from the training clips before the first step: (network, fresh parameters, batches, seed)
+        -> parameters.
+    """
+
+    network: type[Network]
+    own_losses: Callable[[Mapping[str, Array], Mapping[str, Array]], dict[str, Array]] | None = None
+    distilled: bool = False
+    guided_masking: bool = False
+    prepare: Callable[[Network, Any, Iterable[Mapping[str, Any]], int], Any] | None = None
 
 
 def normalize_frames(frames: Array, frame_mask: Array, dtype: Any = jnp.float32) -> Array:
@@ -117,10 +149,16 @@ def normalize_frames(frames: Array, frame_mask: Array, dtype: Any = jnp.float32)
 
 
 class Network(nn.Module):
-    """One network (teacher or student); a system is a subclass with `make_block` and `fuse`."""
+    """One network (teacher or student).
+
+    A system is a subclass whose `setup` adds its blocks, and which has a `fuse`; `join`, `clip_views` and `own_tasks`
+    are there to be replaced.
+    """
 
     config: NetworkConfig
-    distilled: ClassVar[bool] = False  # there are a teacher and a stage of mutual learning
+    placed_descriptions: ClassVar[bool] = (
+        True  # description tokens know their place in time before the encoder
+    )
 
     def setup(self) -> None:
         c = self.config
@@ -138,10 +176,9 @@ class Network(nn.Module):
             self.video = VideoEncoder(c.channels, c.blocks, c.stem_patch, dtype)
         self.entity_embedding = EntityEmbedding(c.vocab_size, c.hidden_size, c.max_tokens, c.dropout, dtype)
         self.description_embedding = DescriptionEmbedding(
-            c.hidden_size, c.max_steps, c.dropout, dtype, c.temporal_position
+            c.hidden_size, c.max_steps, c.dropout, dtype, c.temporal_position and self.placed_descriptions
         )
         self.region_embedding = RegionEmbedding(c.hidden_size, c.dropout, dtype)
-        self.layers = [self.make_block() for _ in range(c.num_layers)]
         self.overview_norm = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=dtype)
         self.pool_entity = Pooler(c.hidden_size, dtype)
         self.pool_description = Pooler(c.hidden_size, dtype)
@@ -159,6 +196,11 @@ class Network(nn.Module):
         self.condition = ClassHead(c.hidden_size, c.num_conditions, dtype)
         self.findings = ClassHead(c.hidden_size, c.num_findings, dtype)
         self.match = MatchHead(c.hidden_size, dtype)
+
+    @property
+    def frames_per_step(self) -> int:
+        """How many frames a description token covers."""
+        return frames_per_step(self.config.video, self.config.stem_patch)
 
     def encode(
         self,
@@ -189,7 +231,7 @@ class Network(nn.Module):
         """
         c = self.config
         wide = at_least_float32(jnp.dtype(c.dtype))
-        patch = frames_per_step(c.video, c.stem_patch)
+        patch = self.frames_per_step
         batch, num_frames = frame_mask.shape
         step_mask = frame_mask.reshape(batch, num_frames // patch, patch).any(-1)  # [B, A]
         # R3D-18 halves time thrice and needs to know the valid frames in between.
@@ -201,10 +243,9 @@ class Network(nn.Module):
         description = jnp.concatenate(
             [features.mean(axis=(2, 3)), features.max(axis=(2, 3))], -1
         )  # [B, A, 2 C]
-        if description_order is not None:
-            description = jnp.take_along_axis(description, description_order[..., None], axis=1)
-        if description_zeroed is not None:
-            description = jnp.where(description_zeroed[..., None], 0.0, description)
+        described, own = self.describe(
+            description, frames, frame_mask, description_order, description_zeroed, deterministic
+        )
 
         last_step = jnp.maximum(step_mask.sum(-1, keepdims=True) - 1, 0).astype(wide)
         # A step of the small CNN is centred on its patch of frames; R3D-18's step i on frame 8 i.
@@ -217,7 +258,7 @@ class Network(nn.Module):
 
         streams = {
             "entity": self.entity_embedding(token_ids, token_types, deterministic),
-            "description": self.description_embedding(description, deterministic),
+            "description": described,
             "region": self.region_embedding(region, boxes, times, deterministic),
         }
         streams = {name: constrain(x, BATCH) for name, x in streams.items()}
@@ -225,7 +266,9 @@ class Network(nn.Module):
         # report, and the 3-D CNN's overview. What the blocks mix follows the report, also where it is the wrong one.
         named = _mean_by_type(streams["entity"], token_types, token_mask)
         masks = {"entity": token_mask, "description": step_mask, "region": region_mask}
-        streams, cross_weights = self.fuse(streams, masks, deterministic)
+        embedded = streams
+        streams, cross_weights, of_encoder = self.fuse(streams, masks, deterministic)
+        own |= of_encoder
         overview = self.overview_norm(_overview(features, step_mask))
         # [CLS] as in BERT, and the maximum: the few words that name organ and disease drown in a mean.
         words = [streams["entity"][:, 0], _max_valid(streams["entity"], token_mask), named]
@@ -236,16 +279,38 @@ class Network(nn.Module):
             "description": self.pool_description(appearance),
             "region": self.pool_region(_mean_valid(streams["region"], region_mask)),
         }
-        fused = pooled["entity"] * pooled["description"] + pooled["entity"] * pooled["region"]
-        return Encoded(streams, masks, pooled, fused, overview, cross_weights)
+        fused = self.join(pooled, own)
+        return Encoded(streams, masks, pooled, fused, overview, cross_weights, embedded, description, own)
 
-    def make_block(self, **fields: Any) -> nn.Module:
-        """One block of the encoder: (hidden, mask, deterministic) -> (hidden, attention maps)."""
-        raise NotImplementedError
+    def describe(
+        self,
+        features: Array,
+        frames: Array,
+        frame_mask: Array,
+        order: Array | None,
+        zeroed: Array | None,
+        deterministic: bool,
+    ) -> tuple[Array, dict[str, Array]]:
+        """The description stream before the encoder.
+
+        Args:
+          features: [B, A, 2 * C], what the 3-D CNN says of each temporal step.
+          frames, frame_mask: as in `encode`; order, zeroed: its description_order and description_zeroed.
+          deterministic: no dropout.
+
+        Returns:
+          [B, A, D], and what the system's own tasks need to know (`Encoded.own`).
+        """
+        del frames, frame_mask
+        if order is not None:
+            features = jnp.take_along_axis(features, order[..., None], axis=1)
+        if zeroed is not None:
+            features = jnp.where(zeroed[..., None], 0.0, features)
+        return self.description_embedding(features, deterministic), {}
 
     def fuse(
         self, streams: dict[str, Array], masks: dict[str, Array], deterministic: bool
-    ) -> tuple[dict[str, Array], dict[str, Array]]:
+    ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
         """The encoder.
 
         Args:
@@ -253,22 +318,50 @@ class Network(nn.Module):
           deterministic: no dropout.
 
         Returns:
-          The streams' new hidden states, and the cross attention of `Encoded`.
+          The streams' new hidden states, and `cross_weights` and `own` of `Encoded`.
         """
         raise NotImplementedError
 
-    def run_blocks(self, hidden: Any, mask: Any, deterministic: bool) -> tuple[Any, Any]:
-        """All blocks of the encoder, one after the other: new hidden states, and the last block's attention maps.
+    def join(self, pooled: dict[str, Array], own: dict[str, Array]) -> Array:
+        """The fused vector [B, D] from what the streams say."""
+        del own
+        return pooled["entity"] * pooled["description"] + pooled["entity"] * pooled["region"]
 
-        A loop over blocks compiles one of them however many there are, but must stack their parameters; XLA:CPU runs
-        it slower than the blocks in a row. Both give the same numbers, dropout included.
+    def own_tasks(
+        self, encoded: Encoded, batch: Mapping[str, Array], deterministic: bool
+    ) -> dict[str, Array]:
+        """What the losses of the system's own pre-training tasks need (`System.own_losses`).
+
+        Args:
+          encoded: from `encode`.
+          batch: the corrupted batch; at least the entries of `own_task_inputs`.
+          deterministic: no dropout; what a task draws at random comes from the same key.
         """
+        del encoded, batch, deterministic
+        return {}
+
+    def transformer(self, num_layers: int | None = None) -> list[nn.Module]:
+        """Layers of BERT of the configuration's sizes, to be assigned in `setup`; None = as many as it says."""
         c = self.config
+        count = c.num_layers if num_layers is None else num_layers
+        fields = c.hidden_size, c.num_heads, c.ffn_size, c.dropout, jnp.dtype(c.dtype)
+        return [TransformerBlock(*fields) for _ in range(count)]
+
+    def run_blocks(
+        self, layers: Sequence[nn.Module], hidden: Any, mask: Any, deterministic: bool
+    ) -> tuple[Any, Any]:
+        """Equal blocks one after the other: new hidden states, and the last block's attention maps.
+
+        A block is (hidden, mask, deterministic) -> (hidden, attention maps). A loop over blocks compiles one of them
+        however many there are, but must stack their parameters; XLA:CPU runs it slower than the blocks in a row. Both
+        give the same numbers, dropout included.
+        """
+        c, count = self.config, len(layers)
         if self.is_initializing():
-            for layer in self.layers:
+            for layer in layers:
                 hidden, weights = layer(hidden, mask, deterministic)
             return hidden, weights
-        block = self.make_block(parent=None)
+        block = layers[0].clone(parent=None)
 
         def run(hidden: Any, inputs: Any) -> tuple[Any, Any]:
             params, key = inputs
@@ -279,14 +372,14 @@ class Network(nn.Module):
         if c.remat != "none":
             policy = None if c.remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             run = jax.checkpoint(run, policy=policy, prevent_cse=False)
-        params = [layer.variables["params"] for layer in self.layers]
-        keys = None if deterministic else jax.random.split(self.make_rng("dropout"), c.num_layers)
-        unroll = c.unroll or (c.num_layers if platform() == "cpu" else 1)
-        if unroll < c.num_layers:
+        params = [layer.variables["params"] for layer in layers]
+        keys = None if deterministic else jax.random.split(self.make_rng("dropout"), count)
+        unroll = min(c.unroll or (count if platform() == "cpu" else 1), count)
+        if unroll < count:
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
             hidden, weights = jax.lax.scan(run, hidden, (stacked, keys), unroll=unroll)
             return hidden, jax.tree.map(lambda by_layer: by_layer[-1], weights)
-        for i in range(c.num_layers):
+        for i in range(count):
             hidden, weights = run(hidden, (params[i], None if keys is None else keys[i]))
         return hidden, weights
 
@@ -335,11 +428,7 @@ class Network(nn.Module):
         """
         words = self.entity_embedding.word(entity_names)  # [E, P, D]
         names = _mean_valid(words, entity_names_mask)
-        # The mean of a stream says what the clip is like, its maximum keeps what shows in one place only, and the
-        # overview spares fine-tuning the long way through the blocks.
-        views = [encoded.pooled["description"], encoded.pooled["region"], encoded.overview]
-        views += [_max_valid(encoded.streams[s], encoded.masks[s]) for s in ("description", "region")]
-        clip = jnp.concatenate(views, axis=-1)
+        clip = jnp.concatenate(self.clip_views(encoded), axis=-1)
         return {
             "organ": self.organ(clip),
             "condition": self.condition(clip),
@@ -352,6 +441,15 @@ class Network(nn.Module):
                 encoded.masks["region"],
             ),
         }
+
+    def clip_views(self, encoded: Encoded) -> list[Array]:
+        """The vectors, each [B, any], that organ, condition and findings are classified from.
+
+        The mean of a stream says what the clip is like, its maximum keeps what shows in one place only, and the
+        overview spares fine-tuning the long way through the blocks.
+        """
+        views = [encoded.pooled["description"], encoded.pooled["region"], encoded.overview]
+        return views + [_max_valid(encoded.streams[s], encoded.masks[s]) for s in ("description", "region")]
 
     def __call__(
         self,
@@ -371,7 +469,47 @@ class Network(nn.Module):
         encoded = self.encode(
             frames, frame_mask, boxes, box_frames, region_mask, token_ids, token_types, token_mask
         )
+        if self.is_initializing():
+            self.own_tasks(encoded, own_task_inputs(encoded, mlm_positions), deterministic=True)
         return self.pretrain(encoded, mlm_positions), self.annotate(encoded, entity_names, entity_names_mask)
+
+
+def own_task_inputs(encoded: Encoded, mlm_positions: Array) -> dict[str, Array]:
+    """What of a batch a system's own tasks may read, here for a batch in which nothing is masked.
+
+    Returns:
+      `description_target`, `description_zeroed`: bool [B, A], masked temporal steps and those of them that are blank.
+      `mlm_positions`: int [B, M]; `matched`: bool [B], report and clip belong together.
+      `report`, `own_report`: int [B], the text that is shown and that of the clip's own report; equal numbers are equal
+      texts, -1 is none.
+    """
+    steps = encoded.masks["description"]
+    batch = steps.shape[0]
+    return {
+        "description_target": jnp.zeros_like(steps),
+        "description_zeroed": jnp.zeros_like(steps),
+        "mlm_positions": mlm_positions,
+        "matched": jnp.ones(batch, bool),
+        "report": jnp.arange(batch),
+        "own_report": jnp.arange(batch),
+    }
+
+
+def side_by_side(
+    streams: Mapping[str, Array], masks: Mapping[str, Array], names: Sequence[str]
+) -> tuple[Array, Array, dict[str, slice]]:
+    """Streams [B, S, D] as one [B, sum of S, D], its mask, and where each lies in it."""
+    places, end = {}, 0
+    for name in names:
+        places[name] = slice(end, end + streams[name].shape[1])
+        end = places[name].stop
+    hidden = jnp.concatenate([streams[name] for name in names], axis=1)
+    return hidden, jnp.concatenate([masks[name] for name in names], axis=1), places
+
+
+def looks_at(weights: Array, places: Mapping[str, slice]) -> dict[str, Array]:
+    """What the description looks at, out of the attention map [B, N, S, S] over streams side by side."""
+    return {s: weights[:, :, places["description"], places[s]] for s in ("entity", "region") if s in places}
 
 
 def _mean_valid(x: Array, mask: Array) -> Array:

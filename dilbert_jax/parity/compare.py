@@ -28,6 +28,7 @@ from dilbert_jax.parity import MISSING_EXTRA, torch_losses, torch_model
 from dilbert_jax.parity.names import from_torch, to_torch
 from dilbert_jax.parity.torch_training import Training, to_tensors
 from dilbert_jax.random_inputs import random_batch, random_model, random_names
+from dilbert_jax.training import objectives
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
@@ -58,7 +59,7 @@ class Setting:
     """
 
     model: NetworkConfig
-    loss: steps.LossConfig
+    loss: objectives.LossConfig
     optimizer: OptimizerConfig
     batches: Sequence[Batch]
     annotation: Batch
@@ -156,7 +157,7 @@ def random_setting(config: ml_collections.ConfigDict, num_steps: int, learning_r
     annotation = random_batch(config, rng, report=False)
     return Setting(
         random_model(config),
-        steps.LossConfig(**config.loss),
+        objectives.LossConfig(**config.loss),
         OptimizerConfig(**config.optimizer),
         batches,
         annotation,
@@ -185,8 +186,8 @@ def measure(setting: Setting, dtype: str, seed: int = 0) -> Agreement:
     starts = _initial_params(setting, model_config, seed)
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
         outputs = compare_outputs(setting, model_config, starts["teacher"])
-        start = {name: starts[name] for name in steps.NETWORKS}
-        other = {name: starts[f"other_{name}"] for name in steps.NETWORKS}
+        start = {name: starts[name] for name in objectives.NETWORKS}
+        other = {name: starts[f"other_{name}"] for name in objectives.NETWORKS}
         gradients = {
             objective: compare_gradients(setting, model_config, start, other, objective)
             for objective in ("pretraining", "mutual")
@@ -355,12 +356,12 @@ def forward_jax(
         module: Dilbert, tensors: Any, clips: Any, pieces: jax.Array, mask: jax.Array
     ) -> dict[str, jax.Array]:
         encoded = module.encode(
-            **{name: tensors[name] for name in steps.VISUAL},
+            **{name: tensors[name] for name in objectives.VISUAL},
             description_zeroed=tensors["description_zeroed"],
             region_zeroed=tensors["region_zeroed"],
         )
         logits = module.pretrain(encoded, tensors["mlm_positions"])
-        alone = module.encode(**{name: clips[name] for name in steps.VISUAL})
+        alone = module.encode(**{name: clips[name] for name in objectives.VISUAL})
         return _flat_outputs(encoded, logits, module.annotate(alone, pieces, mask))
 
     arguments = (_on_device(batch, config.dtype), _on_device(annotation, config.dtype), *names)
@@ -408,8 +409,8 @@ def compare_gradients(
 
     def total(p: Any, f: Any, b: Any) -> jax.Array:
         if objective == "mutual":
-            return steps.mutual_objective(model, loss, p, f, b, rng)[0]
-        return steps.pretraining_objective(model, loss, p, f["teacher"], b, rng)[0]
+            return objectives.mutual_objective(model, loss, p, f, b, rng)[0]
+        return objectives.pretraining_objective(model, loss, p, f["teacher"], b, rng)[0]
 
     ours = jax.jit(jax.grad(total))(trained, dict(frozen), _on_device(batch, config.dtype))
     networks = {name: make_torch(p, config) for name, p in trained.items()}
@@ -441,7 +442,7 @@ def compare_training(
     model, loss, num_steps = Dilbert(config), setting.loss, len(setting.batches)
 
     def objective(p: Any, f: Any, b: Any, r: Any) -> Any:
-        return steps.mutual_objective(model, loss, p, f, b, r)
+        return objectives.mutual_objective(model, loss, p, f, b, r)
 
     optimizer = make_optimizer(setting.optimizer, num_steps)
     update = steps.make_step(objective, optimizer)
@@ -529,7 +530,7 @@ def _prepared(config: ml_collections.ConfigDict, learning_rate: float) -> ml_col
     config.optimizer.update(name="sgd", learning_rate=learning_rate)
     config.model.dropout = 0.0
     check_config(config)
-    torch_losses.check_supported(steps.LossConfig(**config.loss))
+    torch_losses.check_supported(objectives.LossConfig(**config.loss))
     return config
 
 
@@ -548,9 +549,9 @@ def _on_device(batch: Batch, dtype: str) -> dict[str, jax.Array]:
 def _initial_params(setting: Setting, config: NetworkConfig, seed: int) -> dict[str, Any]:
     """Four networks: the two that are trained, and two to stand for other snapshots in the gradient check."""
     batch = setting.batches[0]
-    arguments = [batch[name][:1] for name in (*steps.VISUAL, "mlm_positions")]
+    arguments = [batch[name][:1] for name in (*objectives.VISUAL, "mlm_positions")]
     init = jax.jit(Dilbert(dataclasses.replace(config, dtype="float32")).init)
-    names = (*steps.NETWORKS, *(f"other_{name}" for name in steps.NETWORKS))
+    names = (*objectives.NETWORKS, *(f"other_{name}" for name in objectives.NETWORKS))
     keys = [jax.random.fold_in(jax.random.key(seed), i) for i in range(len(names))]
     return {
         name: jax.tree.map(

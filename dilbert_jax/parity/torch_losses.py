@@ -1,6 +1,6 @@
 """The objectives of pre-training and mutual learning in PyTorch: equations (3)-(13) as public code writes them.
 
-They mirror `pretraining_objective` and `mutual_objective` of `dilbert_jax.training.step`, and take the same
+They mirror `pretraining_objective` and `mutual_objective` of `dilbert_jax.training.objectives`, and take the same
 `LossConfig`. The relational terms build every difference and every angle at once: O(N^2 D) and O(N^3) memory.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from dilbert_jax.parity import MISSING_EXTRA
 from dilbert_jax.parity.torch_model import Encoded, TorchDilbert
-from dilbert_jax.training.step import LossConfig
+from dilbert_jax.training.objectives import LossConfig
 
 try:
     import torch

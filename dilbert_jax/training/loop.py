@@ -25,13 +25,14 @@ from dilbert_jax.experiment import Experiment
 from dilbert_jax.input_pipeline import evaluation_batches, training_batches
 from dilbert_jax.models import SYSTEMS
 from dilbert_jax.sharding import local_part, make_mesh, put, put_batch, replicated, shardings
+from dilbert_jax.training import objectives
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.accumulation import Accumulation, Part
 from dilbert_jax.training.checkpoints import StageCheckpoints
 from dilbert_jax.training.interrupt import DeferredInterrupt
 from dilbert_jax.training.log import MetricsLog
+from dilbert_jax.training.objectives import NETWORKS
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from dilbert_jax.training.step import NETWORKS
 
 STAGES = ("teacher", "student", "mutual", "finetune")
 _log = logging.getLogger(__name__)
@@ -148,21 +149,24 @@ def _make_stage(name: str, experiment: Experiment, params: Mapping[str, Any], me
     parts_of_step = train_config.num_micro_batches
     accumulation: Accumulation | None = None
     if parts_of_step > 1:
-        masks = functools.partial(steps.task_masks, config=loss)
+        masks = functools.partial(objectives.task_masks, config=loss)
         accumulation = Accumulation(parts_of_step, masks)
     if name in NETWORKS:
-        start = {name: _initial_params(context, seed, mesh)}
+        start = {name: _initial_params(experiment, seed, mesh)}
+        own_losses = SYSTEMS[config.model.name].own_losses if loss.own else None
         taught = name == "student" and "teacher" in params and not train_config.independent_student
         frozen = {"teacher": params["teacher"]} if taught else {}
 
         def objective(p: Any, f: Any, b: Any, r: Any, *part: Part) -> Any:
-            return steps.pretraining_objective(model, loss, p, f.get("teacher"), b, r, *part)
+            return objectives.pretraining_objective(
+                model, loss, p, f.get("teacher"), b, r, *part, own_losses=own_losses
+            )
 
     elif name == "mutual":
         start, frozen = dict(params), dict(params)
-        objective = functools.partial(steps.mutual_objective, model, loss)
+        objective = functools.partial(objectives.mutual_objective, model, loss)
         if accumulation:
-            accumulation = steps.mutual_accumulation(
+            accumulation = objectives.mutual_accumulation(
                 model, loss, parts_of_step, train_config.relate_micro_batches
             )
     else:
@@ -171,31 +175,38 @@ def _make_stage(name: str, experiment: Experiment, params: Mapping[str, Any], me
         names = (jnp.asarray(pieces), jnp.asarray(mask))
         entity_of_region = jnp.asarray(context.entity_of_region)
         if accumulation:
-            masks = functools.partial(steps.annotation_masks, entity_of_region=entity_of_region)
+            masks = functools.partial(objectives.annotation_masks, entity_of_region=entity_of_region)
             accumulation = Accumulation(parts_of_step, masks)
 
         def objective(p: Any, f: Any, b: Any, r: Any, *part: Part) -> Any:
-            return steps.annotation_objective(model, loss, p, names, entity_of_region, b, r, *part)
+            return objectives.annotation_objective(model, loss, p, names, entity_of_region, b, r, *part)
 
     return Stage(name, objective, start, frozen, optimizer, num_steps, per_epoch, batches, accumulation)
 
 
-def _initial_params(context: Any, seed: int, mesh: Mesh) -> Any:
-    """Random parameters, with the parts that the configuration takes from outside."""
+def _initial_params(experiment: Experiment, seed: int, mesh: Mesh) -> Any:
+    """Random parameters, with the parts that come from outside or from the training clips."""
+    context = experiment.context
     key, train_config = jax.random.key(seed), context.config.train
     placed = shardings(jax.eval_shape(context.init_params, key), mesh)
     params = jax.jit(context.init_params, out_shardings=placed)(key)
+    prepare = SYSTEMS[context.config.model.name].prepare
+    if train_config.entity_weights or train_config.video_weights or prepare:
+        params = jax.device_get(put(params, jax.tree.map(lambda _: replicated(mesh), params)))
+        if prepare:
+            clips = evaluation_batches(
+                experiment.builder.annotation, experiment.indices["train"], train_config.batch_size, seed
+            )
+            params = prepare(context.model, params, (batch for batch, _ in clips), seed)
     if train_config.entity_weights or train_config.video_weights:
         from dilbert_jax.parity import outside  # needs an extra
 
-        params = jax.device_get(put(params, jax.tree.map(lambda _: replicated(mesh), params)))
         if train_config.entity_weights:
             folder = pathlib.Path(train_config.entity_weights)
             params = outside.with_bert(params, folder, context.config.model.num_heads)
         if train_config.video_weights:
             params = outside.with_r3d_18(params, pathlib.Path(train_config.video_weights))
-        params = put(params, placed)
-    return params
+    return put(params, placed)
 
 
 def _run_stage(

@@ -37,10 +37,10 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def _decayed(params: Any) -> Any:
-    """Which parameters weight decay reaches: all but the running statistics of a frozen batch norm."""
+    """Which parameters weight decay reaches: all but the running statistics of a frozen batch norm and visual words."""
 
     def is_trained(path: tuple[Any, ...], _: Any) -> bool:
-        return not str(getattr(path[-1], "key", "")).startswith("running_")
+        return not str(getattr(path[-1], "key", "")).startswith(("running_", "centres_"))
 
     return jax.tree_util.tree_map_with_path(is_trained, params)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from dilbert_jax.models.attention import TransformerBlock
 from dilbert_jax.models.embeddings import Embedding
-from dilbert_jax.models.network import Network
+from dilbert_jax.models.network import Network, System, looks_at, side_by_side
 from dilbert_jax.models.tangled import STREAMS
 
 Array = jax.Array
@@ -27,24 +24,16 @@ class Bert(Network):
     def setup(self) -> None:
         super().setup()
         self.segment = Embedding(len(STREAMS), self.config.hidden_size, jnp.dtype(self.config.dtype))
-
-    def make_block(self, **fields: Any) -> TransformerBlock:
-        c = self.config
-        return TransformerBlock(
-            c.hidden_size, c.num_heads, c.ffn_size, c.dropout, jnp.dtype(c.dtype), **fields
-        )
+        self.layers = self.transformer()
 
     def fuse(
         self, streams: dict[str, Array], masks: dict[str, Array], deterministic: bool
-    ) -> tuple[dict[str, Array], dict[str, Array]]:
+    ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
         segments = self.segment.table()
-        hidden = jnp.concatenate([streams[s] + segments[i] for i, s in enumerate(STREAMS)], axis=1)
-        mask = jnp.concatenate([masks[s] for s in STREAMS], axis=1)
-        hidden, weights = self.run_blocks(hidden, mask, deterministic)
-        ends, end = {}, 0
-        for name in STREAMS:
-            ends[name] = slice(end, end + streams[name].shape[1])
-            end = ends[name].stop
-        # What the description looks at is a part of the one attention map.
-        looks = {s: weights[:, :, ends["description"], ends[s]] for s in ("entity", "region")}
-        return {name: hidden[:, at] for name, at in ends.items()}, looks
+        streams = {s: streams[s] + segments[i] for i, s in enumerate(STREAMS)}
+        hidden, mask, places = side_by_side(streams, masks, STREAMS)
+        hidden, weights = self.run_blocks(self.layers, hidden, mask, deterministic)
+        return {s: hidden[:, at] for s, at in places.items()}, looks_at(weights, places), {}
+
+
+SYSTEM = System(Bert)
