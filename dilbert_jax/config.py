@@ -126,6 +126,7 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     train.mutual_rate_scale = 1.0  # learning rate of each stage relative to optimizer.learning_rate
     train.finetune_rate_scale = 1.0
     train.log_every_steps = 10
+    train.weight_points = 0  # how often a stage writes the spread of its weights to weights.jsonl; 0 = never
     train.checkpoint_every_seconds = 30.0
     train.evaluate_after = True
 
@@ -295,6 +296,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     need(model.remat in REMAT_POLICIES, "model.remat", f"choose one of {', '.join(REMAT_POLICIES)}")
     need(0 <= model.unroll <= model.num_layers, "model.unroll", f"must lie in [0, {model.num_layers}]")
     positive("mesh.fsdp", "mesh.tensor")
+    need(train.weight_points >= 0, "train.weight_points", "must not be negative")
     need(config.mesh.num_workers >= 0, "mesh.num_workers", "must not be negative")
     need(model.num_heads % config.mesh.tensor == 0, "mesh.tensor", f"must divide {model.num_heads} heads")
     need(config.optimizer.name in ("sgd", "adamw"), "optimizer.name", "choose 'sgd' or 'adamw'")

@@ -55,13 +55,14 @@ def evaluate(
     if not len(indices):
         raise ValueError(f"data set {config.data.name!r} has no {split} study to evaluate on")
     resamples = config.evaluate.num_resamples
-    networks, predictions, thresholds, decided = {}, {}, {}, {}
+    networks: dict[str, Any] = {}
+    predictions, thresholds, decided = {}, {}, {}
     for network in tqdm(network_names(config), desc="evaluating", unit="network", disable=not progress):
         params, _ = network_params(context, workdir, stage_names(config)[-2], network)  # pre-trained
         pretraining = _pretraining_tasks(experiment, params, indices)
         params, step = network_params(context, workdir, "finetune", network)
         thresholds[network] = _choose_thresholds(experiment, params)
-        predictions[network] = _predict_all(experiment, params, indices)
+        predictions[network] = predict_all(experiment, params, indices)
         decided[network] = _decide(experiment, predictions[network], indices, thresholds[network])
         networks[network] = {
             "step": step,
@@ -96,8 +97,13 @@ def evaluate(
     (workdir / "eval.json").write_text(
         json.dumps(evaluation, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
     )
-    examples = _example_annotations(
-        experiment, predictions["student"], indices, thresholds["student"], networks
+    examples = example_annotations(
+        experiment,
+        predictions["student"],
+        indices,
+        thresholds["student"],
+        networks["student"]["step"],
+        config.evaluate.num_examples,
     )
     history = read_metrics(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
     render_report(evaluation, history, examples, workdir / "report.html", graph=context.graph)
@@ -183,7 +189,7 @@ def _training_counts(experiment: Experiment) -> dict[str, np.ndarray]:
     }
 
 
-def _predict_all(experiment: Experiment, params: Any, indices: np.ndarray) -> dict[str, np.ndarray]:
+def predict_all(experiment: Experiment, params: Any, indices: np.ndarray) -> dict[str, np.ndarray]:
     """Annotation probabilities of every study, in order, with the examples they came from."""
     rows: dict[str, list[np.ndarray]] = {}
     for batch, real in evaluation_batches(experiment.builder.annotation, indices, BATCH_SIZE, seed=7):
@@ -198,7 +204,7 @@ def _choose_thresholds(experiment: Experiment, params: Any) -> Thresholds:
     labels, indices = experiment.context.labels, experiment.indices["validation"]
     if not len(indices):
         return Thresholds({}, {})
-    output = _predict_all(experiment, params, indices)
+    output = predict_all(experiment, params, indices)
 
     def choose(
         ids: tuple[str, ...], probabilities: np.ndarray, targets: np.ndarray, mask: np.ndarray
@@ -296,12 +302,13 @@ def _save_decisions(decided: dict[str, Decisions], path: pathlib.Path) -> None:
     path.write_text(json.dumps(plain, ensure_ascii=False), encoding="utf-8")
 
 
-def _example_annotations(
+def example_annotations(
     experiment: Experiment,
     output: dict[str, np.ndarray],
     indices: np.ndarray,
     thresholds: Thresholds,
-    networks: dict[str, Any],
+    step: int,
+    num_examples: int,
 ) -> list[tuple[dict[str, Any], np.ndarray]]:
     """Annotations of a few test clips, spread over the organs and conditions, with the frames they look at."""
     context, store = experiment.context, experiment.store
@@ -312,7 +319,7 @@ def _example_annotations(
         key = (study.organ, study.condition)
         seen[key] = seen.get(key, 0) + 1
         ranked.append((seen[key], row))
-    chosen = [row for _, row in sorted(ranked)][: context.config.evaluate.num_examples]
+    chosen = [row for _, row in sorted(ranked)][:num_examples]
     examples = []
     for row in chosen:
         study, frames = store.studies[indices[row]], store.frames(int(indices[row]))
@@ -333,7 +340,7 @@ def _example_annotations(
         model = {
             "network": "student",
             "stage": "finetune",
-            "step": networks["student"]["step"],
+            "step": step,
             "dataset": context.config.data.name,
         }
         prediction = {k: v[row] for k, v in output.items() if not k.startswith("batch/")}

@@ -96,7 +96,7 @@ def render_annotation(
     findings = sorted(annotation["findings"], key=lambda f: (not f["present"], -f["probability"]))
     shown = max(sum(f["present"] for f in findings), _SHOWN_FINDINGS)
     height, width = _fit(frames.shape[1:], PAGE_SIDE)
-    _render(
+    render_page(
         "annotation.html",
         path,
         a=annotation,
@@ -140,7 +140,7 @@ def render_index(entries: Iterable[Mapping[str, Any]], path: str | os.PathLike[s
             done.append({**entry, "href": href, "thumbnail": thumbnail})
         else:
             raise ValueError(f"{entry.get('file')}: the entry has neither 'annotation' nor 'reason'")
-    _render("index.html", path, done=done, failed=failed)
+    render_page("index.html", path, done=done, failed=failed)
 
 
 def render_report(
@@ -171,7 +171,7 @@ def render_report(
     pretraining = _pretraining(evaluation)
     stages = list(dict.fromkeys(r["stage"] for r in history))
     curves = [
-        {"title": stage, **_figure(figures.training_curves(history, stage))}
+        {"title": stage, **figure_image(figures.training_curves(history, stage))}
         for stage in stages
         if figures.collect_curves(history, stage)
     ]
@@ -191,7 +191,7 @@ def render_report(
         ("reports", "synthetic" if evaluation["synthetic_reports"] else "as written"),
         ("seed", evaluation["seed"]),
     ]
-    _render(
+    render_page(
         "report.html",
         path,
         e=evaluation,
@@ -238,7 +238,8 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _render(template: str, path: str | os.PathLike[str], **values: Any) -> None:
+def render_page(template: str, path: str | os.PathLike[str], **values: Any) -> None:
+    """Fills a template of templates/ and writes the page."""
     text = _environment().get_template(template).render(**values)
     pathlib.Path(path).write_text(text, encoding="utf-8")
 
@@ -263,7 +264,7 @@ def _data_uri(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-def _figure(png: bytes) -> dict[str, Any]:
+def figure_image(png: bytes) -> dict[str, Any]:
     """A figure at its size in print: 144 dots to the inch in the file, 96 pixels on the page."""
     with Image.open(io.BytesIO(png)) as image:
         width = image.width
@@ -322,13 +323,13 @@ def _annotation_tasks(evaluation: Mapping[str, Any], graph: KnowledgeGraph | Non
             drawn.append(
                 {
                     "caption": "F1 by class, with 95 % intervals.",
-                    **_figure(figures.class_f1_bars(bars, names)),
+                    **figure_image(figures.class_f1_bars(bars, names)),
                 }
             )
         if report.get("confusion"):
             png = figures.confusion_figure(report["confusion"], [r["id"] for r in report["per_class"]], names)
             drawn.append(
-                {"caption": f"Confusion of the {main}; shade: share of the true class.", **_figure(png)}
+                {"caption": f"Confusion of the {main}; shade: share of the true class.", **figure_image(png)}
             )
         tasks.append(
             {
@@ -413,9 +414,9 @@ def _matches(annotation: Mapping[str, Any], frames: np.ndarray) -> list[dict[str
     if annotation["entities"] and len(annotation["frame_index"]) > 1:
         png = match_figures.entity_frame_graph(annotation, frames)
         caption = f"{file}: which frames associate with the best-matched entities. Line width: match score."
-        drawn.append({"caption": caption, **_figure(png)})
+        drawn.append({"caption": caption, **figure_image(png)})
     if annotation["entities"] and annotation["regions"]:
         png = match_figures.entity_region_figure(annotation, frames)
         caption = f"{file}: which regions of the frame match which entity. Line width: match score."
-        drawn.append({"caption": caption, **_figure(png)})
+        drawn.append({"caption": caption, **figure_image(png)})
     return drawn

@@ -1,4 +1,4 @@
-"""Metrics on disk: metrics.jsonl, and TensorBoard when tensorboardX is installed."""
+"""Metrics on disk: one JSON object a line, and TensorBoard when tensorboardX is installed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import jax
 
 
 class MetricsLog:
-    """Appends records to `workdir/metrics.jsonl`, one JSON object a line; of several processes only the first does."""
+    """Appends records to a file of the workdir, one JSON object a line; of several processes only the first does."""
 
-    def __init__(self, workdir: pathlib.Path):
-        self.path = workdir / "metrics.jsonl"
+    def __init__(self, workdir: pathlib.Path, name: str = "metrics.jsonl"):
+        self.path = workdir / name
         self._writes = jax.process_index() == 0
         try:
             from tensorboardX import SummaryWriter  # the extra "tensorboard"
@@ -45,7 +45,7 @@ class MetricsLog:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads metrics.jsonl; a last line cut off by a kill is left out."""
+    """Reads what `MetricsLog` wrote; a last line cut off by a kill is left out."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -33,6 +33,7 @@ from dilbert_jax.training.interrupt import DeferredInterrupt
 from dilbert_jax.training.log import MetricsLog
 from dilbert_jax.training.objectives import NETWORKS
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from dilbert_jax.training.weights import weight_quantiles
 
 STAGES = ("teacher", "student", "mutual", "finetune")
 _log = logging.getLogger(__name__)
@@ -232,6 +233,11 @@ def _run_stage(
     metrics_log.rewind(stage.name, done)
     _log.info("stage %s: steps %d to %d", stage.name, done, stage.num_steps)
 
+    weights_log = MetricsLog(workdir, "weights.jsonl")
+    weights_log.rewind(stage.name, done - 1)
+    weight_steps = set(
+        np.linspace(0, stage.num_steps - 1, config.train.weight_points).round().astype(int).tolist()
+    )
     update = steps.make_step(stage.objective, optimizer, stage.accumulation, placed)
     batch_size = config.train.batch_size
     rng = jax.random.key(config.seed * 10 + STAGES.index(stage.name))
@@ -260,6 +266,10 @@ def _run_stage(
                     saved_at = time.monotonic()
                 if stop:
                     raise KeyboardInterrupt
+                if i in weight_steps:
+                    for name, network in state.params.items():
+                        spread = {k: v.tolist() for k, v in jax.device_get(weight_quantiles(network)).items()}
+                        weights_log.write({"stage": stage.name, "step": i, "network": name, **spread})
                 batch = next(batches)
                 state, metrics = update(
                     state, stage.frozen, put_batch(steps.device_entries(batch), mesh), rng

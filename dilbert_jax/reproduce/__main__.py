@@ -1,0 +1,113 @@
+"""The paper's tables and figures, reproduced: trains what is missing, compares, and writes one report.
+
+    python -m dilbert_jax.reproduce --budget=smoke --output=runs/reproduction
+
+Prints the plan first. Run the same command again to resume: finished cells are read, an interrupted one continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from dilbert_jax.models import SYSTEMS
+from dilbert_jax.reproduce.cells import read_cell, run_cells
+from dilbert_jax.reproduce.grid import (
+    BUDGETS,
+    DATASETS,
+    FIGURES,
+    TABLES,
+    Cell,
+    expected_minutes,
+    parse_cell,
+    plan,
+)
+from dilbert_jax.reproduce.report import write_report
+
+
+def _choices(text: str, known: Sequence[str], what: str) -> list[str]:
+    """A comma-separated list of known names, "none" for none."""
+    names = [] if text == "none" else [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"unknown {what} {', '.join(unknown)}; choose from {', '.join(known)}")
+    return [name for name in known if name in names]
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """ "i/n", i from 1 to n."""
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise ValueError(f"--shard is {text!r}; expected i/n with i from 1 to n, e.g. 1/2")
+    return int(number), int(count)
+
+
+def print_plan(cells: Sequence[Cell], budget: str, output: pathlib.Path) -> None:
+    """What will be run, and about how long it takes."""
+    todo = [cell for cell in cells if read_cell(cell, output, budget) is None]
+    minutes = expected_minutes(todo, budget)
+    print(
+        f"{len(cells)} cells, {len(cells) - len(todo)} finished; about {minutes:.0f} minutes left (budget {budget}):"
+    )
+    for cell in cells:
+        print(f"  {'   ' if cell in todo else 'ok '} {cell.name}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dilbert_jax.reproduce", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--tables", default=",".join(TABLES), help="comma-separated, or none; default all")
+    parser.add_argument("--figures", default=",".join(FIGURES), help="comma-separated, or none; default all")
+    parser.add_argument("--datasets", default="phantom", help=f"comma-separated, of {', '.join(DATASETS)}")
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help="comma-separated; default all")
+    parser.add_argument("--seeds", type=int, help="how many; default the budget's")
+    parser.add_argument("--budget", choices=BUDGETS, default="smoke", help="what every cell may cost")
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="holds all runs and the report")
+    parser.add_argument(
+        "--shard", default="1/1", help="i/n: the i-th of n parts of the grid; no report unless 1/1"
+    )
+    parser.add_argument(
+        "--cells", help="run these cells alone, comma-separated, e.g. phantom/dilbert/3L8H/0; no report"
+    )
+    parser.add_argument("--plan", action="store_true", help="print the plan and stop")
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing: report on the cells that are finished"
+    )
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    command = f"python -m dilbert_jax.reproduce --budget={args.budget} --output={args.output}"
+    try:
+        tables = _choices(args.tables, TABLES, "tables")
+        figures = _choices(args.figures, FIGURES, "figures")
+        datasets = _choices(args.datasets, tuple(DATASETS), "data sets")
+        systems = _choices(args.systems, tuple(SYSTEMS), "systems")
+        seeds = range(BUDGETS[args.budget].seeds if args.seeds is None else args.seeds)
+        number, count = _shard(args.shard)
+        cells = plan(tables, figures, datasets, seeds, systems)
+        wanted = (
+            [parse_cell(name) for name in args.cells.split(",")] if args.cells else cells[number - 1 :: count]
+        )
+        print_plan(wanted, args.budget, args.output)
+        if args.plan:
+            return 0
+        if not args.report:
+            run_cells(wanted, args.budget, args.output, command)
+        if args.report or (not args.cells and count == 1):
+            typed = "python -m dilbert_jax.reproduce " + " ".join(sys.argv[1:] if argv is None else argv)
+            print(f"report: {write_report(cells, args.budget, args.output, tables, figures, typed)}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command to continue", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

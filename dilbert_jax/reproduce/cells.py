@@ -1,0 +1,172 @@
+"""Runs cells and keeps what the tables need of each as `cell.json`; a finished cell is never run again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pathlib
+import subprocess
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dilbert_jax import run
+from dilbert_jax.experiment import Experiment, open_experiment
+from dilbert_jax.flops import count_flops
+from dilbert_jax.models import SYSTEMS
+from dilbert_jax.reproduce.grid import Cell, cell_config
+from dilbert_jax.training import objectives
+from dilbert_jax.training.log import read_metrics
+from dilbert_jax.training.step import device_entries
+
+SCHEMA = "dilbert-jax/cell/1"
+_log = logging.getLogger(__name__)
+
+
+def workdir_of(cell: Cell, output: pathlib.Path) -> pathlib.Path:
+    return output / "runs" / cell.name
+
+
+def run_cells(cells: Sequence[Cell], budget: str, output: pathlib.Path, command: str) -> None:
+    """Runs every cell that is not finished. A cell whose loss diverges says so and the others go on."""
+    todo = [cell for cell in cells if read_cell(cell, output, budget) is None]
+    for number, cell in enumerate(todo):
+        folder = workdir_of(cell, output)
+        _log.info("cell %d of %d: %s", number + 1, len(todo), cell.name)
+        config = cell_config(cell, budget)
+        again = f"{command} --cells={cell.name}"
+        started = time.monotonic()
+        try:
+            run.train_and_report(config, folder, command=again)
+            record = _measure(cell, budget, folder)
+        except run.NonFiniteLossError as error:
+            _log.info("%s", error)
+            record = {"diverged": str(error)}
+        except ValueError as error:
+            raise ValueError(f"cell {cell.name}: {error}") from None
+        record = {
+            "schema": SCHEMA,
+            "cell": cell.name,
+            "budget": budget,
+            "command": again,
+            "commit": commit(),
+            "seconds_of_last_call": round(time.monotonic() - started, 1),
+            "config": json.loads(config.to_json_best_effort()),
+            **record,
+        }
+        temporary = folder / "cell.json.tmp"
+        temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        temporary.replace(folder / "cell.json")
+        jax.clear_caches()  # the next cell compiles other programs
+
+
+def read_cell(cell: Cell, output: pathlib.Path, budget: str) -> dict[str, Any] | None:
+    """What a finished cell left, or None.
+
+    Raises:
+      ValueError: the folder holds a cell of another budget.
+    """
+    path = workdir_of(cell, output) / "cell.json"
+    if not path.exists():
+        return None
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); delete it to run the cell again") from None
+    if record["budget"] != budget:
+        raise ValueError(
+            f"{path}: field 'budget' is {record['budget']!r}, not {budget!r}; name another --output"
+        )
+    return record
+
+
+def commit() -> str:
+    """The commit that the code is at, with "+" where files differ from it; "" outside of a checkout."""
+    folder = pathlib.Path(__file__).parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head + ("+" if changed else "")
+
+
+def _measure(cell: Cell, budget: str, folder: pathlib.Path) -> dict[str, Any]:
+    """Evaluation, size, time and FLOPs of a finished run."""
+    evaluation = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    experiment = open_experiment(cell_config(cell, budget), folder)
+    shapes = jax.eval_shape(experiment.context.init_params, jax.random.key(0))
+    return {
+        "evaluation": evaluation,
+        "parameters": int(sum(np.prod(x.shape) for x in jax.tree.leaves(shapes))),
+        "flops_per_clip": _flops(experiment, shapes),
+        "training": training_time(read_metrics(folder / "metrics.jsonl")),
+    }
+
+
+def training_time(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds of training by stage without compilation, and milliseconds a clip.
+
+    The log gives clips per second of every window of steps; the first step, which compiles, is a window by itself and
+    left out, and the median of the others stands for all steps.
+    """
+    stages: dict[str, dict[str, float]] = {}
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        train = [r for r in rows if r["stage"] == stage and r.get("split", "train") == "train"]
+        rates = [r["clips_per_second"] for r in train if r["step"] > 1 and r["clips_per_second"] > 0]
+        if rates:
+            stages[stage] = {
+                "steps": train[-1]["step"],
+                "ms_per_clip": round(1000 / float(np.median(rates)), 4),
+            }
+    return stages
+
+
+def _flops(experiment: Experiment, shapes: Any) -> dict[str, float]:
+    """Model FLOPs of one clip: annotating it, and one update that has it in its batch, by stage."""
+    context, index = experiment.context, int(experiment.indices["train"][0])
+    loss, model, system = context.loss, context.model, SYSTEMS[context.config.model.name]
+    size = context.config.train.batch_size
+
+    def batch_of(example: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
+        entries = device_entries(example)
+        return {
+            k: jax.ShapeDtypeStruct((size, *np.shape(v)), np.asarray(v).dtype) for k, v in entries.items()
+        }
+
+    batch = batch_of(experiment.builder.pretraining(index, np.random.default_rng(0)))
+    clip = batch_of(experiment.builder.annotation(index, np.random.default_rng(0), train=False))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    names = jnp.asarray(context.entity_names[0]), jnp.asarray(context.entity_names[1])
+
+    def annotate(params: Any, batch: Any) -> Any:
+        return objectives.annotation_forward(model, params, batch, names, None)[0]
+
+    def pretraining(params: Any, frozen: Any, batch: Any, key: Any) -> Any:
+        return objectives.pretraining_objective(
+            model, loss, params, frozen.get("teacher"), batch, key, own_losses=system.own_losses
+        )[0]
+
+    def mutual(params: Any, frozen: Any, batch: Any, key: Any) -> Any:
+        return objectives.mutual_objective(model, loss, params, frozen, batch, key)[0]
+
+    counts = {"annotate": count_flops(annotate, shapes, clip)}
+    one, both = {"student": shapes}, {"teacher": shapes, "student": shapes}
+    if system.distilled:
+        counts["teacher"] = count_flops(jax.grad(pretraining), {"teacher": shapes}, {}, batch, key)
+        counts["mutual"] = count_flops(jax.grad(mutual), both, both, batch, key)
+    taught = {"teacher": shapes} if system.distilled else {}
+    counts["student"] = count_flops(jax.grad(pretraining), one, taught, batch, key)
+    return {name: value / size for name, value in counts.items()}

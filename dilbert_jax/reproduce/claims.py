@@ -1,0 +1,210 @@
+"""The paper's ordinal claims, each with the test behind its verdict: holds, does not hold, or undecided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dilbert_jax.reproduce.grid import MAIN_SHAPE, SHAPES
+from dilbert_jax.reproduce.tables import (
+    LEVEL,
+    TITLES,
+    Results,
+    Row,
+    accuracy,
+    chance_accuracy,
+    compare,
+    comparison_rows,
+    holm,
+    macro,
+    task_figure,
+    training_minutes,
+)
+
+HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
+# R@10 is 1 by construction where there are few classes: R@1 there.
+TASK_TITLES = {"mlm": "MLM R@10", "mdc": "MDC R@1", "moc": "MOC R@1", "cmm": "CMM accuracy"}
+DEEP, SHALLOW = "9L9H", "3L8H"
+
+
+def judge(comparisons: Sequence[Mapping[str, Any] | None]) -> str:
+    """The verdict over one-sided statements "the difference is positive", all of which the claim makes.
+
+    Holds: every difference is positive with p < 0.05, Holm-adjusted over the statements. Does not hold: one is negative
+    with p < 0.05, adjusted. Undecided: anything else, a single seed included.
+    """
+    known = [c for c in comparisons if c is not None and c["p"] is not None]
+    if not known or len(known) < len(comparisons):
+        return UNDECIDED
+    adjusted = holm([c["p"] for c in known])
+    signs = [np.sign(c["value"]) for c in known]
+    if any(s < 0 and p < LEVEL for s, p in zip(signs, adjusted, strict=True)):
+        return FAILS
+    return HOLDS if all(s > 0 and p < LEVEL for s, p in zip(signs, adjusted, strict=True)) else UNDECIDED
+
+
+def _claim(number: str, text: str, pairs: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
+    """A claim that every named difference is positive."""
+    return {
+        "id": number,
+        "claim": text,
+        "verdict": judge(list(pairs.values())),
+        "test": "paired t-test over seeds, Holm-adjusted",
+        "differences": {name: pair for name, pair in pairs.items()},
+    }
+
+
+def judge_claims(results: Results, datasets: Sequence[str], systems: Sequence[str]) -> list[dict[str, Any]]:
+    """Every claim of the paper on every data set (PAPER section 8)."""
+    claims: list[dict[str, Any]] = []
+    student, teacher = Row("dilbert", MAIN_SHAPE), Row("dilbert", MAIN_SHAPE, "teacher")
+    others = [row for row in comparison_rows(systems) if row.system != "dilbert"]
+
+    def add(number: str, text: str, pairs: Mapping[str, Mapping[str, Any] | None]) -> None:
+        if any(pair is not None for pair in pairs.values()):
+            claims.append(_claim(number, text, pairs))
+
+    def by_size(row: Row, size: str) -> dict[int, float]:
+        return results.values(d, Row(row.system, size, row.network), accuracy)
+
+    for d in datasets:
+        bert = Row("bert", SHALLOW)
+        add("IV", f"{d}: accuracy of the student exceeds the teacher's at 3, 6 and 9 layers",
+            {size: compare(by_size(student, size), by_size(teacher, size)) for size in SHAPES})  # fmt: skip
+        add("IV", f"{d}: accuracy of the teacher exceeds plain BERT's at 3, 6 and 9 layers",
+            {size: compare(by_size(teacher, size), by_size(bert, size)) for size in SHAPES})  # fmt: skip
+        add("IV", f"{d}: accuracy of the student exceeds plain BERT's at 3, 6 and 9 layers",
+            {size: compare(by_size(student, size), by_size(bert, size)) for size in SHAPES})  # fmt: skip
+        for row in (student, teacher):
+            add("IV", f"{d}: the {row.network} gains with depth (9 over 3 layers)",
+                {f"{DEEP} - {SHALLOW}": compare(by_size(row, DEEP), by_size(row, SHALLOW))})  # fmt: skip
+        add("IV", f"{d}: BERT gains with depth (9 over 3 layers)",
+            {f"{DEEP} - {SHALLOW}": compare(by_size(bert, DEEP), by_size(bert, SHALLOW))})  # fmt: skip
+
+        for task, k, name in (
+            ("mlm", 10, "MLM R@10"),
+            ("mdc", 1, "MDC R@1"),
+            ("moc", 1, "MOC R@1"),
+            ("cmm", 1, "CMM accuracy"),
+        ):
+            figure = task_figure(task, k)
+            own = results.values(d, student, figure)
+            text = f"{d}: DILBERT's student is best on {name}"
+            if task == "mdc":
+                text += " (claimed everywhere but on BUSI)"
+            add("V", text, {TITLES[r.system]: compare(own, results.values(d, r, figure)) for r in others})
+        recall = {t: results.values(d, student, task_figure(t, 10)) for t in ("mlm", "mdc", "moc")}
+        recall["cmm"] = results.values(d, student, task_figure("cmm"))
+        add("V", f"{d}: MLM is the task with the highest R@10 of the student",
+            {t.upper(): compare(recall["mlm"], recall[t]) for t in ("mdc", "moc", "cmm")})  # fmt: skip
+
+        for measure in ("sensitivity", "precision", "f1"):
+            own = results.values(d, student, macro(measure))
+            add("VI", f"{d}: DILBERT's student is best on macro {'F1' if measure == 'f1' else measure}",
+                {TITLES[r.system]: compare(own, results.values(d, r, macro(measure))) for r in others})  # fmt: skip
+
+        cost = {row.system: results.values(d, row, training_minutes) for row in (student, *others)}
+        slower = [s for s in ("cbt", "hero", "mmft_bert") if s in cost]
+        if cost.get("dilbert") and slower:
+            add("VII", f"{d}: DILBERT trains longer than CBT, HERO and MMFT-BERT",
+                {TITLES[s]: compare(cost["dilbert"], cost[s]) for s in slower})  # fmt: skip
+        if cost.get("dilbert") and cost.get("videobert"):
+            add("VII", f"{d}: DILBERT trains less long than VideoBERT",
+                {"VideoBERT": compare(cost["videobert"], cost["dilbert"])})  # fmt: skip
+        if cost.get("dilbert") and cost.get("actbert"):
+            claims.append(
+                _about_equal(
+                    f"{d}: DILBERT trains about as long as ActBERT", cost["dilbert"], cost["actbert"]
+                )
+            )
+
+    if len(datasets) > 1:
+        claims += _across(results, datasets, student)
+    claims += _match_scores(results, datasets)
+    return claims
+
+
+def _about_equal(text: str, first: Mapping[int, float], second: Mapping[int, float]) -> dict[str, Any]:
+    """A claim of equality within 20 %, judged by the interval of the log ratio."""
+    seeds = [s for s in first if s in second]
+    ratios = compare(
+        {s: float(np.log(first[s])) for s in seeds}, {s: float(np.log(second[s])) for s in seeds}
+    )
+    verdict = UNDECIDED
+    if ratios is not None and ratios["low"] is not None:
+        bound = np.log(1.2)
+        if -bound < ratios["low"] and ratios["high"] < bound:
+            verdict = HOLDS
+        elif ratios["low"] > bound or ratios["high"] < -bound:
+            verdict = FAILS
+    return {"id": "VII", "claim": text, "verdict": verdict, "test": "95 % interval of the log ratio within 20 %",
+            "differences": {"log ratio": ratios}}  # fmt: skip
+
+
+def _across(results: Results, datasets: Sequence[str], student: Row) -> list[dict[str, Any]]:
+    """Claims that compare data sets: by seed, which pairs no more than the order of initialisation."""
+    claims = []
+    figure = task_figure("mlm", 10)
+    by_set = {d: results.values(d, student, figure) for d in datasets}
+    if by_set.get("busi"):
+        pairs = {d: compare(by_set[d], by_set["busi"]) for d in datasets if d != "busi"}
+        claims.append(_claim("V", "R@10 of MLM is lowest on BUSI", pairs))
+    longest = {d: results.values(d, student, training_minutes) for d in datasets}
+    hospital = next((d for d in ("ahjuui", "kmve") if longest.get(d)), None)
+    if hospital:
+        pairs = {d: compare(longest[hospital], longest[d]) for d in datasets if d != hospital}
+        claims.append(_claim("VII", f"the hospital's set (here {hospital}) takes longest", pairs))
+    return claims
+
+
+def _match_scores(results: Results, datasets: Sequence[str]) -> list[dict[str, Any]]:
+    """Figure 10: the entity match at three shapes, judged by the macro F1 of matched entities."""
+    claims = []
+    for d in datasets:
+        values = {s: results.values(d, Row("dilbert", s), macro("f1", "entities")) for s in SHAPES}
+        pairs = {f"{DEEP} - {s}": compare(values[DEEP], values[s]) for s in SHAPES if s != DEEP}
+        if any(pair is not None for pair in pairs.values()):
+            claims.append(
+                _claim("F10", f"{d}: entities match best at 9 layers and 9 heads (macro F1)", pairs)
+            )
+        pair = compare(values["3L8H"], values["6L6H"])
+        if pair is not None:
+            claims.append(
+                _claim(
+                    "F10",
+                    f"{d}: more heads help more than more layers (3L8H over 6L6H)",
+                    {"3L8H - 6L6H": pair},
+                )
+            )
+    return claims
+
+
+def beats_chance(results: Results, datasets: Sequence[str], systems: Sequence[str]) -> list[dict[str, Any]]:
+    """For every system and task: what it reaches above chance, with its interval."""
+    rows = []
+    tasks = {
+        "MLM R@1": (task_figure("mlm", 1), task_figure("mlm", 1, "chance")),
+        "MDC R@1": (task_figure("mdc", 1), task_figure("mdc", 1, "chance")),
+        "MOC R@1": (task_figure("moc", 1), task_figure("moc", 1, "chance")),
+        "CMM accuracy": (task_figure("cmm"), task_figure("cmm", kind="chance")),
+        "annotation accuracy": (accuracy, chance_accuracy),
+    }
+    for d in datasets:
+        for row in comparison_rows(systems):
+            for task, (figure, chance) in tasks.items():
+                difference = compare(results.values(d, row, figure), results.values(d, row, chance))
+                if difference is None:
+                    continue
+                beats = None if difference["low"] is None else bool(difference["low"] > 0)
+                rows.append(
+                    {
+                        "dataset": d,
+                        "system": row.title,
+                        "task": task,
+                        "above_chance": difference,
+                        "beats": beats,
+                    }
+                )
+    return rows

@@ -1,0 +1,261 @@
+"""The grid of runs behind the tables: which systems, sizes, data sets and seeds, and each cell's configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_collections
+
+from dilbert_jax.config import default_config
+from dilbert_jax.models import SYSTEMS
+from dilbert_jax.random_inputs import init_network
+
+TABLES = ("IV", "V", "VI", "VII")
+FIGURES = ("7", "8", "9", "10")
+# Layers and heads of Table IV and Figure 10 (D7).
+SHAPES = {"3L8H": (3, 8), "6L6H": (6, 6), "9L9H": (9, 9)}
+MAIN_SHAPE = "3L8H"  # of Tables V to VII
+
+# What each set needs: its own folder, folds where it has no split of its own (a seed tests one of them), lengths.
+DATASETS: dict[str, dict[str, Any]] = {
+    "phantom": {"num_frames": 12, "max_tokens": 96, "grid_scales": (1, 3), "grid_steps": 1},
+    "busi": {
+        "folds": 5,
+        "size": 96,
+        "num_frames": 1,
+        "stored_frames": 1,
+        "grid_scales": (1, 2, 4),
+        "grid_steps": 1,
+        "max_annotated_regions": 3,
+    },
+    "clust": {"folds": 5, "num_frames": 16},
+    "usss": {"num_frames": 8, "stored_frames": 8},
+    "pocus": {"folds": 5, "num_frames": 16, "stored_frames": 64, "min_entity_count": 4},
+    "kmve": {"size": 96, "num_frames": 2, "stored_frames": 2, "max_tokens": 128, "grid_scales": (1, 3)},
+    "ahjuui": {"num_frames": 16, "max_tokens": 128},
+}
+# Frames a description token covers, where it is not the default.
+FRAMES_PER_STEP = {"phantom": 3, "busi": 1, "clust": 4, "pocus": 4, "kmve": 1, "ahjuui": 4}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How much is spent on every cell, the same for all systems.
+
+    Attributes:
+      seeds: how many by default.
+      fields: of the configuration, flattened.
+      epochs: of the teacher, the student, mutual learning and fine-tuning.
+      minutes: what a DILBERT cell and another system's cell take on the budget's machine, for the plan.
+      tiny_data: clips smaller than the data sets' settings say.
+    """
+
+    seeds: int
+    fields: dict[str, Any]
+    epochs: tuple[float, float, float, float]
+    minutes: tuple[float, float]
+    tiny_data: bool = False
+
+
+BUDGETS = {
+    "smoke": Budget(
+        1,
+        {"model.hidden_size": 72, "model.ffn_size": 144, "model.channels": (16, 32), "model.blocks": (1, 1),
+         "model.unroll": 1, "train.batch_size": 16, "evaluate.mask_repeats": 1, "evaluate.num_resamples": 200},
+        (2.0, 2.0, 1.0, 2.0), (2.0, 1.0), tiny_data=True,
+    ),
+    "cpu": Budget(
+        3,
+        {"model.hidden_size": 72, "model.ffn_size": 144, "model.channels": (16, 32), "model.blocks": (1, 1),
+         "model.unroll": 1, "train.batch_size": 16, "optimizer.warmup_fraction": 0.1, "evaluate.mask_repeats": 2},
+        (12.0, 12.0, 4.0, 16.0), (8.0, 3.0),
+    ),
+    "gpu": Budget(
+        5,
+        {"model.hidden_size": 360, "model.ffn_size": 1440, "model.channels": (64, 128, 256), "model.blocks": (1, 1, 1),
+         "train.batch_size": 32, "optimizer.warmup_fraction": 0.1, "optimizer.learning_rate": 5e-4},
+        (60.0, 60.0, 4.0, 60.0), (20.0, 8.0),
+    ),
+    # The paper's settings (PAPER section 7), with AdamW: what rate 0.24 does is in docs/results/ablation.md.
+    "paper": Budget(
+        5,
+        {"model.hidden_size": 720, "model.ffn_size": 2880, "model.channels": (64, 128, 256), "model.blocks": (1, 2, 2),
+         "train.batch_size": 32, "optimizer.learning_rate": 1e-4, "data.size": 128, "data.report_dropout": 0.0,
+         "loss.mlm": 1.0, "loss.mdc": 1.0, "loss.moc": 1.0, "loss.cmm": 1.0, "loss.summary": 0.0},
+        (800.0, 800.0, 4.0, 100.0), (3000.0, 1200.0),
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+      dataset, system: keys of `DATASETS` and `SYSTEMS`.
+      size: a key of `SHAPES`, or "matched": as many parameters as DILBERT has at `MAIN_SHAPE`.
+      seed: of initialisation, order and masks; where the set has folds, it also says which is tested.
+    """
+
+    dataset: str
+    system: str
+    size: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset}/{self.system}/{self.size}/{self.seed}"
+
+
+def parse_cell(name: str) -> Cell:
+    """The cell of a name such as "phantom/dilbert/3L8H/0".
+
+    Raises:
+      ValueError: no such cell.
+    """
+    parts = name.split("/")
+    sizes = (*SHAPES, "matched")
+    if (
+        len(parts) != 4
+        or parts[0] not in DATASETS
+        or parts[1] not in SYSTEMS
+        or parts[2] not in sizes
+        or not parts[3].isdigit()
+    ):
+        raise ValueError(
+            f"no cell {name!r}: need DATASET/SYSTEM/SIZE/SEED with a data set of {', '.join(DATASETS)}, a system of "
+            f"{', '.join(SYSTEMS)} and a size of {', '.join(sizes)}"
+        )
+    return Cell(parts[0], parts[1], parts[2], int(parts[3]))
+
+
+def plan(
+    tables: Sequence[str],
+    figures: Sequence[str],
+    datasets: Sequence[str],
+    seeds: Sequence[int],
+    systems: Sequence[str],
+) -> list[Cell]:
+    """The cells that tables and figures need, each once; those of one seed come together."""
+    sizes: list[tuple[str, str]] = []
+    if tables:
+        sizes += [(s, MAIN_SHAPE if SYSTEMS[s].distilled else "matched") for s in systems]
+    if "IV" in tables:
+        sizes += [(s, shape) for shape in SHAPES for s in ("dilbert", "bert") if s in systems]
+    if figures:
+        shapes = SHAPES if "10" in figures else (MAIN_SHAPE,)
+        sizes += [("dilbert", shape) for shape in shapes if "dilbert" in systems]
+    cells = [Cell(d, s, size, seed) for seed in seeds for d in datasets for s, size in dict.fromkeys(sizes)]
+    return list(dict.fromkeys(cells))
+
+
+def cell_config(cell: Cell, budget: str) -> ml_collections.ConfigDict:
+    """The configuration of a cell.
+
+    A comparison system is one network. It makes as many updates before fine-tuning as DILBERT's student does, mutual
+    learning included, on the same batches; what the teacher costs on top is in Table VII.
+    """
+    settings = BUDGETS[budget]
+    config = default_config("tiny")
+    system = SYSTEMS[cell.system]
+    fields: dict[str, Any] = {"data.name": cell.dataset, "data.size": 64}
+    fields |= {f"data.{name}": value for name, value in DATASETS[cell.dataset].items()}
+    fields["model.stem_patch"] = (FRAMES_PER_STEP.get(cell.dataset, 2), 4, 4)
+    fields |= settings.fields
+    if settings.tiny_data:
+        frames = min(4, fields.get("data.num_frames", 4))
+        patch = min(2, frames)
+        fields |= {
+            "data.size": 32,
+            "data.num_frames": frames,
+            "data.stored_frames": 8,
+            "model.stem_patch": (patch, 4, 4),
+        }
+        fields |= {"data.grid_scales": (1, 2), "data.grid_steps": 1, "data.max_tokens": 64}
+    layers, heads = SHAPES.get(cell.size, SHAPES[MAIN_SHAPE])
+    teacher, student, mutual, finetune = settings.epochs
+    fields |= {
+        "seed": cell.seed,
+        "model.name": cell.system,
+        "model.num_layers": layers,
+        "model.num_heads": heads,
+        "data.guided_masking": system.guided_masking,
+        "train.single_network": not system.distilled,
+        "train.teacher_epochs": teacher,
+        "train.student_epochs": student if system.distilled else student + mutual,
+        "train.mutual_epochs": mutual,
+        "train.finetune_epochs": finetune,
+        "evaluate.num_examples": 2,
+    }
+    if system.distilled and cell.seed == 0:
+        fields["train.weight_points"] = 12
+    config.update_from_flattened_dict(fields)
+    if config.data.folds:
+        config.data.fold = cell.seed % config.data.folds
+    if cell.size == "matched":
+        layers, ffn_size = matched_size(cell.system, _sizes(config))
+        config.model.update(num_layers=layers, ffn_size=ffn_size)
+    return config
+
+
+def count_parameters(config: ml_collections.ConfigDict) -> int:
+    """Parameters of one network, with label spaces of a middling size; the vocabulary is the configuration's."""
+    shapes = jax.eval_shape(functools.partial(init_network, config), jax.random.key(0))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+
+
+def _sizes(config: ml_collections.ConfigDict) -> str:
+    """What the number of parameters depends on, as JSON."""
+    sizes = ml_collections.ConfigDict(config.to_dict())
+    sizes.seed = sizes.data.fold = 0
+    return str(sizes.to_json_best_effort())
+
+
+@functools.cache
+def matched_size(system: str, config_json: str) -> tuple[int, int]:
+    """Layers and feed-forward width that give a system DILBERT's number of parameters.
+
+    As many layers as fit at DILBERT's own feed-forward width; what is left widens the feed-forward layers.
+
+    Args:
+      system: to be sized.
+      config_json: DILBERT's configuration in JSON, so that the answer can be kept.
+    """
+    config = ml_collections.ConfigDict(_tuples(json.loads(config_json)))
+    width = config.model.ffn_size
+
+    def count(name: str, layers: int, ffn_size: int) -> int:
+        trial = ml_collections.ConfigDict(config.to_dict())
+        trial.model.update(name=name, num_layers=layers, ffn_size=ffn_size)
+        return count_parameters(trial)
+
+    target = count("dilbert", config.model.num_layers, width)
+    layers = 2
+    while count(system, layers + 1, width) <= target:
+        layers += 1
+    at_width = count(system, layers, width)
+    step = (count(system, layers, 2 * width) - at_width) / width  # parameters a unit of width
+    return layers, max(1, round(width + (target - at_width) / step))
+
+
+def _tuples(value: Any) -> Any:
+    """Lists of JSON as the tuples that they were."""
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def expected_minutes(cells: Sequence[Cell], budget: str) -> float:
+    """How long the cells take one after the other, roughly; deep shapes in proportion to their layers."""
+    distilled, single = BUDGETS[budget].minutes
+    total = 0.0
+    for cell in cells:
+        depth = SHAPES.get(cell.size, SHAPES[MAIN_SHAPE])[0] / SHAPES[MAIN_SHAPE][0]
+        total += (distilled if SYSTEMS[cell.system].distilled else single) * (0.5 + 0.5 * depth)
+    return total

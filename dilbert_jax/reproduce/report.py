@@ -1,0 +1,250 @@
+"""Renders what the cells reached as reproduction.json, reproduction.md and reproduction.html."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dilbert_jax.report import figure_image, render_page
+from dilbert_jax.reproduce import claims as judged
+from dilbert_jax.reproduce.cells import commit, read_cell
+from dilbert_jax.reproduce.figures import draw_figures
+from dilbert_jax.reproduce.grid import Cell
+from dilbert_jax.reproduce.tables import MAKERS, Results
+
+SCHEMA = "dilbert-jax/reproduction/1"
+SYNTHETIC = "Synthetic data: phantom clips and reports are generated; they say nothing about patients."
+SYNTHETIC_REPORTS = "Synthetic reports: those of {} are composed from labels, not written by clinicians."
+PAPER = "The paper's own figures are not in the text at hand; only the order that it claims can be compared."
+
+
+def write_report(
+    cells: Sequence[Cell],
+    budget: str,
+    output: pathlib.Path,
+    tables: Sequence[str],
+    figures: Sequence[str],
+    command: str,
+) -> pathlib.Path:
+    """Writes the report on the finished ones among `cells`, and returns the path of the page.
+
+    Raises:
+      ValueError: no cell is finished.
+    """
+    records = {cell.name: read_cell(cell, output, budget) for cell in cells}
+    found = {name: record for name, record in records.items() if record is not None}
+    if not found:
+        raise ValueError(f"{output} holds no finished cell of this plan; run it without --report first")
+    datasets = list(dict.fromkeys(cell.dataset for cell in cells if cell.name in found))
+    systems = list(dict.fromkeys(cell.system for cell in cells))
+    results = Results(found)
+    content: dict[str, Any] = {
+        "schema": SCHEMA,
+        "command": command,
+        "budget": budget,
+        "commit": commit(),
+        "cells_planned": len(cells),
+        "cells_finished": len(found),
+        "diverged": results.diverged,
+        "notices": _notices(found, cells, results, datasets),
+        "tables": [MAKERS[t](results, datasets, systems) for t in tables],
+        "claims": judged.judge_claims(results, datasets, systems),
+        "above_chance": judged.beats_chance(results, datasets, systems),
+        "cells": [_provenance(record) for record in found.values()],
+    }
+    drawn: list[dict[str, Any]] = []
+    if figures:
+        seed = min(cell.seed for cell in cells)
+        for dataset in datasets:
+            drawn += draw_figures(figures, dataset, budget, output, seed)
+    folder = output / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for figure in drawn:
+        figure["file"] = f"figures/figure_{figure['figure']}_{_slug(figure['title'])}.png"
+        (output / figure["file"]).write_bytes(figure["png"])
+    content["figures"] = [{k: f[k] for k in ("figure", "title", "caption", "file")} for f in drawn]
+    (output / "reproduction.json").write_text(
+        json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
+    )
+    (output / "reproduction.md").write_text(to_markdown(content), encoding="utf-8")
+    path = output / "reproduction.html"
+    _write_page(content, drawn, path)
+    return path
+
+
+def _notices(
+    found: Mapping[str, Mapping[str, Any]], cells: Sequence[Cell], results: Results, datasets: Sequence[str]
+) -> list[str]:
+    evaluated = [record["evaluation"] for record in found.values() if "evaluation" in record]
+    notices = [PAPER]
+    if any(e["synthetic_data"] for e in evaluated):
+        notices.append(SYNTHETIC)
+    composed = sorted({e["dataset"] for e in evaluated if e["synthetic_reports"] and not e["synthetic_data"]})
+    if composed:
+        notices.append(SYNTHETIC_REPORTS.format(", ".join(composed)))
+    if len(found) < len(cells):
+        notices.append(f"Incomplete: {len(found)} of {len(cells)} planned cells are finished.")
+    if results.diverged:
+        notices.append(f"Diverged, and left out of every mean: {', '.join(results.diverged)}.")
+    if len({cell.seed for cell in cells}) < 2:
+        notices.append("One seed: no intervals, no tests, every claim undecided.")
+    return notices
+
+
+def _provenance(record: Mapping[str, Any]) -> dict[str, Any]:
+    evaluation = record.get("evaluation", {})
+    return {
+        "cell": record["cell"],
+        "command": record["command"],
+        "commit": record["commit"],
+        "device": evaluation.get("device", ""),
+        "versions": evaluation.get("versions", {}),
+        "fingerprint": evaluation.get("data_fingerprint", ""),
+        "seconds_of_last_call": record["seconds_of_last_call"],
+        "diverged": record.get("diverged"),
+        "config": record["config"],
+    }
+
+
+def _slug(text: str) -> str:
+    kept = "".join(c if c.isalnum() else "_" for c in text.lower())
+    return "_".join(part for part in kept.split("_") if part)
+
+
+def _digits(cell: Mapping[str, Any]) -> int:
+    """Decimals that show a value and its interval: shares have three."""
+    size = abs(cell["value"] or 0.0)
+    return 3 if size < 10 else max(0, 3 - int(math.log10(size)))
+
+
+def _text(cell: Mapping[str, Any] | None) -> str:
+    if cell is None:
+        return "–"
+    digits = _digits(cell)
+    text = f"{cell['value']:.{digits}f}"
+    if cell["best"]:
+        text = f"**{text}**"
+    if cell["low"] is not None:
+        text += f" [{cell['low']:.{digits}f}, {cell['high']:.{digits}f}]"
+    if cell["chance"] is not None:
+        text += f" ({cell['chance']:.3f})"
+    return text
+
+
+def _difference(name: str, pair: Mapping[str, Any] | None) -> str:
+    if pair is None:
+        return f"{name}: –"
+    text = f"{name}: {pair['value']:+.3f}"
+    if pair["low"] is not None:
+        text += f" [{pair['low']:+.3f}, {pair['high']:+.3f}]"
+    return text + (f", p = {pair['p']:.3f}" if pair["p"] is not None else "") + f", n = {pair['n']}"
+
+
+def _claim_text(claim: Mapping[str, Any]) -> str:
+    return "; ".join(_difference(name, pair) for name, pair in claim["differences"].items())
+
+
+def _rows_above_chance(content: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
+    tasks = list(dict.fromkeys(row["task"] for row in content["above_chance"]))
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for row in content["above_chance"]:
+        difference = row["above_chance"]
+        text = f"{difference['value']:+.3f}"
+        if difference["low"] is not None:
+            text += f" [{difference['low']:+.3f}, {difference['high']:+.3f}]" + (
+                "" if row["beats"] else " no"
+            )
+        rows.setdefault((row["dataset"], row["system"]), {})[row["task"]] = text
+    return tasks, [
+        {"dataset": d, "system": s, "cells": [cells.get(t, "–") for t in tasks]}
+        for (d, s), cells in rows.items()
+    ]
+
+
+def to_markdown(content: Mapping[str, Any]) -> str:
+    """The report as Markdown; its figures are files beside it."""
+    devices = sorted({c["device"] for c in content["cells"] if c["device"]})
+    lines = [
+        f"# The paper's tables and figures, reproduced (budget `{content['budget']}`)",
+        "",
+        f"`{content['command']}`",
+        "",
+        f"{content['cells_finished']} of {content['cells_planned']} cells; commit {content['commit'] or 'unknown'}; "
+        f"device {', '.join(devices)}.",
+        "",
+        *[f"> {notice}\n" for notice in content["notices"]],
+        "Values: mean over seeds [95 % interval, Student's t] (chance). Bold: the best, p < 0.05 in paired t-tests "
+        "against every other system, Holm-adjusted.",
+        "",
+    ]
+    for table in content["tables"]:
+        lines += [f"## Table {table['table']}: {table['title']}", "", table["notes"], ""]
+        lines += ["| set | system | size | n | " + " | ".join(table["columns"]) + " |"]
+        lines += ["|---" * (4 + len(table["columns"])) + "|"]
+        for row in table["rows"]:
+            cells = " | ".join(_text(cell) for cell in row["cells"])
+            lines.append(f"| {row['dataset']} | {row['system']} | {row['size']} | {_count(row)} | {cells} |")
+        lines.append("")
+    lines += ["## The paper's claims", "", "| of | claim | verdict | differences |", "|---|---|---|---|"]
+    lines += [f"| {c['id']} | {c['claim']} | {c['verdict']} | {_claim_text(c)} |" for c in content["claims"]]
+    tasks, rows = _rows_above_chance(content)
+    lines += [
+        "",
+        "## Above chance",
+        "",
+        "| set | system | " + " | ".join(tasks) + " |",
+        "|---" * (2 + len(tasks)) + "|",
+    ]
+    lines += [f"| {r['dataset']} | {r['system']} | {' | '.join(r['cells'])} |" for r in rows]
+    if content["figures"]:
+        lines += ["", "## Figures", ""]
+        for figure in content["figures"]:
+            lines += [f"![{figure['title']}]({figure['file']})", ""]
+            lines += [f"Figure {figure['figure']}. {figure['title']}. {figure['caption']}", ""]
+    lines += ["", "## Provenance", "", "Each cell and the command that makes it again.", ""]
+    lines += ["| cell | commit | data | command |", "|---|---|---|---|"]
+    lines += [
+        f"| {c['cell']} | {c['commit'] or '–'} | {c['fingerprint'][:12]} | `{c['command']}` |"
+        for c in content["cells"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _count(row: Mapping[str, Any]) -> str:
+    counts = sorted({cell["n"] for cell in row["cells"] if cell is not None})
+    return "–".join(str(n) for n in ([counts[0], counts[-1]] if len(counts) > 1 else counts)) or "0"
+
+
+def _write_page(content: Mapping[str, Any], drawn: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+    def prepared(cell: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        if cell is None:
+            return None
+        digits = _digits(cell)
+        texts = {name: f"{cell[name]:.{digits}f}" for name in ("low", "high") if cell[name] is not None}
+        return {**cell, "text": f"{cell['value']:.{digits}f}", **{f"{k}_text": v for k, v in texts.items()}}
+
+    tables = [
+        {**t, "rows": [{**r, "n": _count(r), "cells": [prepared(c) for c in r["cells"]]} for r in t["rows"]]}
+        for t in content["tables"]
+    ]
+    tasks, rows = _rows_above_chance(content)
+    render_page(
+        "reproduction.html",
+        path,
+        r=content,
+        facts=[
+            ("budget", content["budget"]),
+            ("cells", f"{content['cells_finished']} of {content['cells_planned']}"),
+            ("commit", content["commit"] or "unknown"),
+            ("device", ", ".join(sorted({c["device"] for c in content["cells"] if c["device"]}))),
+        ],
+        tables=tables,
+        claims=[{**c, "text": _claim_text(c)} for c in content["claims"]],
+        chance_tasks=tasks,
+        chance_rows=rows,
+        figures=[{**f, **figure_image(f["png"])} for f in drawn],
+        cells=content["cells"],
+    )
