@@ -63,7 +63,9 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     data.augment = True
 
     config.model = model = ml_collections.ConfigDict(MODEL_PRESETS[preset])
-    model.name = "dilbert"  # or one that it is compared with, e.g. "bert", with train.single_network
+    model.name = (
+        "dilbert"  # or one to compare with, e.g. "bert" with train.single_network (docs/extending.md)
+    )
     model.visual_words = (8, 8)  # branching of the levels of VideoBERT's hierarchical k-means
     model.dropout = 0.1
     model.video = "small"  # the 3-D CNN (D1); "r3d_18": PyTorch's, ignores channels, blocks and stem_patch
@@ -186,7 +188,7 @@ def load_config(path: pathlib.Path) -> ml_collections.ConfigDict:
 def check_config(config: ml_collections.ConfigDict) -> None:
     """Raises `ValueError` naming the first field whose value cannot work."""
     # Here, not above: flags are checked against the defaults before anything heavy is imported.
-    from dilbert_jax.models import SYSTEMS
+    from dilbert_jax.models import find_system
     from dilbert_jax.models.network import MDC_TARGETS, REMAT_POLICIES, VIDEO_ENCODERS, frames_per_step
 
     data, model, train = config.data, config.model, config.train
@@ -217,9 +219,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         "evaluate.num_resamples",
         "evaluate.mask_repeats",
     )
-    need(model.name in SYSTEMS, "model.name", f"choose one of {', '.join(SYSTEMS)}")
     need(
-        SYSTEMS[model.name].distilled or train.single_network,
+        find_system(model.name).distilled or train.single_network,
         "train.single_network",
         f"the system {model.name} has no distillation: set it to True",
     )

@@ -239,7 +239,8 @@ class ExampleBuilder:
         """One corrupted example for MLM, MDC, MOC and CMM (PAPER section 4).
 
         Half of the reports are replaced by another patient's with another text (D11); `matched` says which.
-        All randomness comes from `rng`; without `train` frames are evenly sampled and not augmented.
+        All randomness comes from `rng`. Without `train` frames are evenly sampled and not augmented, and the graph does
+        not choose the masked words: systems that train with and without it answer the same questions.
         """
         spec = self.spec
         example, _ = self._visual(index, rng if train else None, annotated=True)
@@ -248,7 +249,9 @@ class ExampleBuilder:
         hidden = train and rng.random() < spec.report_dropout
         partner = self._mismatched(index, rng) if not hidden and rng.random() < 0.5 else index
         report = self._blank if hidden else self.reports[partner]
-        masked = mask_report(report, rng, self.tokenizer, self.graph, rate=MASK_RATE, guided=spec.guided)
+        masked = mask_report(
+            report, rng, self.tokenizer, self.graph, rate=MASK_RATE, guided=spec.guided and train
+        )
         found = np.flatnonzero(masked.target_mask)[: spec.max_masked_tokens]
         positions = np.zeros(spec.max_masked_tokens, np.int32)
         positions[: len(found)] = found

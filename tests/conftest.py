@@ -6,6 +6,8 @@ from pathlib import Path
 
 # Before jax is imported anywhere: the tests are written for the CPU unless the caller names another platform.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile for minutes what runs for seconds: LLVM's first level of optimization is enough for them.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {os.environ.get('XLA_FLAGS', '')}"
 
 import numpy as np
 import pytest

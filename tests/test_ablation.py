@@ -53,6 +53,7 @@ def test_fields_that_a_later_stage_reads_first_exist_and_are_read_there():
         assert ablation.FIRST_STAGE.get(name, "teacher") == own
 
 
+@pytest.mark.numerics
 def test_a_copied_stage_is_the_donors_to_the_bit(tmp_path_factory, tmp_path):
     config, donor = shared_run(tmp_path_factory)
     other = ml_collections.ConfigDict(config.to_dict())

@@ -6,6 +6,8 @@ Axis letters used in shape comments:
   D hidden size; N attention heads; K head width; V vocabulary; E candidate entities.
 """
 
+import importlib
+
 from dilbert_jax.models import dilbert
 from dilbert_jax.models.baselines import actbert, bert, cbt, hero, mmft_bert, videobert
 from dilbert_jax.models.dilbert import Dilbert
@@ -22,15 +24,30 @@ SYSTEMS: dict[str, System] = {
     "dilbert": dilbert.SYSTEM,
 }
 
-__all__ = ["SYSTEMS", "Dilbert", "Network", "NetworkConfig", "System", "make_network"]
+__all__ = ["SYSTEMS", "Dilbert", "Network", "NetworkConfig", "System", "find_system", "make_network"]
+
+
+def find_system(name: str) -> System:
+    """A system by its name in `SYSTEMS`, or by the dotted path of a module that holds one as `SYSTEM`.
+
+    Raises:
+      ValueError: neither.
+    """
+    if name in SYSTEMS:
+        return SYSTEMS[name]
+    if "." in name:
+        try:
+            system = getattr(importlib.import_module(name), "SYSTEM", None)
+        except ImportError as error:
+            raise ValueError(f"model.name is {name!r}, which cannot be imported: {error}") from None
+        if isinstance(system, System):
+            return system
+        raise ValueError(f"model.name is {name!r}, a module without a dilbert_jax.models.System named SYSTEM")
+    raise ValueError(
+        f"model.name is {name!r}; choose one of {', '.join(SYSTEMS)}, or a module as in docs/extending.md"
+    )
 
 
 def make_network(config: NetworkConfig) -> Network:
-    """The network of a configuration, by its name.
-
-    Raises:
-      ValueError: no system of that name.
-    """
-    if config.name not in SYSTEMS:
-        raise ValueError(f"model.name is {config.name!r}; choose one of {', '.join(SYSTEMS)}")
-    return SYSTEMS[config.name].network(config)
+    """The network of a configuration, by its name; raises as `find_system`."""
+    return find_system(config.name).network(config)

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import pathlib
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 
-from dilbert_jax.models import SYSTEMS
+from tqdm import tqdm
+
+from dilbert_jax.models import SYSTEMS, find_system
 from dilbert_jax.reproduce.cells import read_cell, run_cells
 from dilbert_jax.reproduce.grid import (
     BUDGETS,
@@ -23,6 +29,7 @@ from dilbert_jax.reproduce.grid import (
     Cell,
     expected_minutes,
     parse_cell,
+    part_of,
     plan,
 )
 from dilbert_jax.reproduce.report import write_report
@@ -56,6 +63,43 @@ def print_plan(cells: Sequence[Cell], budget: str, output: pathlib.Path) -> None
         print(f"  {'   ' if cell in todo else 'ok '} {cell.name}")
 
 
+def run_side_by_side(cells: Sequence[Cell], jobs: int, budget: str, output: pathlib.Path) -> None:
+    """Runs cells in several processes, each with its share of this machine's cores; they tell `output/job_<i>.log`.
+
+    Raises:
+      ValueError: one of them failed.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    processes = []
+    for job in range(jobs):
+        part = part_of(cells, job, jobs, budget)
+        if not part:
+            continue
+        line = [sys.executable, "-m", "dilbert_jax.reproduce", f"--budget={budget}", f"--output={output}"]
+        line.append(f"--cells={','.join(cell.name for cell in part)}")
+        with (output / f"job_{job}.log").open("w", encoding="utf-8") as log:
+            process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT)
+        if len(cores) >= jobs:
+            os.sched_setaffinity(process.pid, cores[job::jobs])
+        processes.append((job, process))
+    try:
+        with tqdm(total=len(cells), desc="cells", unit="cell") as bar:
+            while any(process.poll() is None for _, process in processes):
+                time.sleep(1.0)
+                bar.n = sum(read_cell(cell, output, budget) is not None for cell in cells)
+                bar.refresh()
+    except KeyboardInterrupt:
+        for _, process in processes:
+            process.send_signal(signal.SIGINT)  # each saves where it is
+            process.wait()
+        raise
+    failed = [job for job, process in processes if process.returncode]
+    if failed:
+        logs = ", ".join(str(output / f"job_{job}.log") for job in failed)
+        raise ValueError(f"{len(failed)} of {len(processes)} jobs failed; see the end of {logs}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dilbert_jax.reproduce", description=(__doc__ or "").splitlines()[0]
@@ -63,13 +107,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tables", default=",".join(TABLES), help="comma-separated, or none; default all")
     parser.add_argument("--figures", default=",".join(FIGURES), help="comma-separated, or none; default all")
     parser.add_argument("--datasets", default="phantom", help=f"comma-separated, of {', '.join(DATASETS)}")
-    parser.add_argument("--systems", default=",".join(SYSTEMS), help="comma-separated; default all")
+    parser.add_argument(
+        "--systems", default=",".join(SYSTEMS), help="comma-separated; default all; or modules"
+    )
     parser.add_argument("--seeds", type=int, help="how many; default the budget's")
     parser.add_argument("--budget", choices=BUDGETS, default="smoke", help="what every cell may cost")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="holds all runs and the report")
     parser.add_argument(
         "--shard", default="1/1", help="i/n: the i-th of n parts of the grid; no report unless 1/1"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share this machine's cores")
     parser.add_argument(
         "--cells", help="run these cells alone, comma-separated, e.g. phantom/dilbert/3L8H/0; no report"
     )
@@ -85,17 +132,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         tables = _choices(args.tables, TABLES, "tables")
         figures = _choices(args.figures, FIGURES, "figures")
         datasets = _choices(args.datasets, tuple(DATASETS), "data sets")
-        systems = _choices(args.systems, tuple(SYSTEMS), "systems")
+        systems = [name.strip() for name in args.systems.split(",")]
+        for name in systems:
+            find_system(name)
         seeds = range(BUDGETS[args.budget].seeds if args.seeds is None else args.seeds)
         number, count = _shard(args.shard)
         cells = plan(tables, figures, datasets, seeds, systems)
-        wanted = (
-            [parse_cell(name) for name in args.cells.split(",")] if args.cells else cells[number - 1 :: count]
-        )
+        wanted = [parse_cell(name) for name in args.cells.split(",")] if args.cells else cells
+        wanted = part_of(wanted, number - 1, count, args.budget)
         print_plan(wanted, args.budget, args.output)
         if args.plan:
             return 0
-        if not args.report:
+        if args.jobs > 1 and not args.report:
+            run_side_by_side(wanted, args.jobs, args.budget, args.output)
+        elif not args.report:
             run_cells(wanted, args.budget, args.output, command)
         if args.report or (not args.cells and count == 1):
             typed = "python -m dilbert_jax.reproduce " + " ".join(sys.argv[1:] if argv is None else argv)

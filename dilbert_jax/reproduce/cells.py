@@ -17,7 +17,7 @@ import numpy as np
 from dilbert_jax import run
 from dilbert_jax.experiment import Experiment, open_experiment
 from dilbert_jax.flops import count_flops
-from dilbert_jax.models import SYSTEMS
+from dilbert_jax.models import find_system
 from dilbert_jax.reproduce.grid import Cell, cell_config
 from dilbert_jax.training import objectives
 from dilbert_jax.training.log import read_metrics
@@ -137,7 +137,7 @@ def training_time(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _flops(experiment: Experiment, shapes: Any) -> dict[str, float]:
     """Model FLOPs of one clip: annotating it, and one update that has it in its batch, by stage."""
     context, index = experiment.context, int(experiment.indices["train"][0])
-    loss, model, system = context.loss, context.model, SYSTEMS[context.config.model.name]
+    loss, model, system = context.loss, context.model, find_system(context.config.model.name)
     size = context.config.train.batch_size
 
     def batch_of(example: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:

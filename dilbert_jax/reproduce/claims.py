@@ -94,7 +94,7 @@ def judge_claims(results: Results, datasets: Sequence[str], systems: Sequence[st
             text = f"{d}: DILBERT's student is best on {name}"
             if task == "mdc":
                 text += " (claimed everywhere but on BUSI)"
-            add("V", text, {TITLES[r.system]: compare(own, results.values(d, r, figure)) for r in others})
+            add("V", text, {r.title: compare(own, results.values(d, r, figure)) for r in others})
         recall = {t: results.values(d, student, task_figure(t, 10)) for t in ("mlm", "mdc", "moc")}
         recall["cmm"] = results.values(d, student, task_figure("cmm"))
         add("V", f"{d}: MLM is the task with the highest R@10 of the student",
@@ -103,7 +103,7 @@ def judge_claims(results: Results, datasets: Sequence[str], systems: Sequence[st
         for measure in ("sensitivity", "precision", "f1"):
             own = results.values(d, student, macro(measure))
             add("VI", f"{d}: DILBERT's student is best on macro {'F1' if measure == 'f1' else measure}",
-                {TITLES[r.system]: compare(own, results.values(d, r, macro(measure))) for r in others})  # fmt: skip
+                {r.title: compare(own, results.values(d, r, macro(measure))) for r in others})  # fmt: skip
 
         cost = {row.system: results.values(d, row, training_minutes) for row in (student, *others)}
         slower = [s for s in ("cbt", "hero", "mmft_bert") if s in cost]

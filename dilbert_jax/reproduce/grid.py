@@ -13,7 +13,7 @@ import jax
 import ml_collections
 
 from dilbert_jax.config import default_config
-from dilbert_jax.models import SYSTEMS
+from dilbert_jax.models import find_system
 from dilbert_jax.random_inputs import init_network
 
 TABLES = ("IV", "V", "VI", "VII")
@@ -74,7 +74,7 @@ BUDGETS = {
         3,
         {"model.hidden_size": 72, "model.ffn_size": 144, "model.channels": (16, 32), "model.blocks": (1, 1),
          "model.unroll": 1, "train.batch_size": 16, "optimizer.warmup_fraction": 0.1, "evaluate.mask_repeats": 2},
-        (12.0, 12.0, 4.0, 16.0), (8.0, 3.0),
+        (10.0, 10.0, 3.0, 36.0), (5.0, 3.5),
     ),
     "gpu": Budget(
         5,
@@ -98,7 +98,7 @@ class Cell:
     """One run.
 
     Attributes:
-      dataset, system: keys of `DATASETS` and `SYSTEMS`.
+      dataset, system: a key of `DATASETS`, and a name that `find_system` knows.
       size: a key of `SHAPES`, or "matched": as many parameters as DILBERT has at `MAIN_SHAPE`.
       seed: of initialisation, order and masks; where the set has folds, it also says which is tested.
     """
@@ -121,17 +121,12 @@ def parse_cell(name: str) -> Cell:
     """
     parts = name.split("/")
     sizes = (*SHAPES, "matched")
-    if (
-        len(parts) != 4
-        or parts[0] not in DATASETS
-        or parts[1] not in SYSTEMS
-        or parts[2] not in sizes
-        or not parts[3].isdigit()
-    ):
+    if len(parts) != 4 or parts[0] not in DATASETS or parts[2] not in sizes or not parts[3].isdigit():
         raise ValueError(
-            f"no cell {name!r}: need DATASET/SYSTEM/SIZE/SEED with a data set of {', '.join(DATASETS)}, a system of "
-            f"{', '.join(SYSTEMS)} and a size of {', '.join(sizes)}"
+            f"no cell {name!r}: need DATASET/SYSTEM/SIZE/SEED with a data set of {', '.join(DATASETS)} and a size of "
+            f"{', '.join(sizes)}"
         )
+    find_system(parts[1])
     return Cell(parts[0], parts[1], parts[2], int(parts[3]))
 
 
@@ -145,7 +140,7 @@ def plan(
     """The cells that tables and figures need, each once; those of one seed come together."""
     sizes: list[tuple[str, str]] = []
     if tables:
-        sizes += [(s, MAIN_SHAPE if SYSTEMS[s].distilled else "matched") for s in systems]
+        sizes += [(s, MAIN_SHAPE if find_system(s).distilled else "matched") for s in systems]
     if "IV" in tables:
         sizes += [(s, shape) for shape in SHAPES for s in ("dilbert", "bert") if s in systems]
     if figures:
@@ -163,7 +158,7 @@ def cell_config(cell: Cell, budget: str) -> ml_collections.ConfigDict:
     """
     settings = BUDGETS[budget]
     config = default_config("tiny")
-    system = SYSTEMS[cell.system]
+    system = find_system(cell.system)
     fields: dict[str, Any] = {"data.name": cell.dataset, "data.size": 64}
     fields |= {f"data.{name}": value for name, value in DATASETS[cell.dataset].items()}
     fields["model.stem_patch"] = (FRAMES_PER_STEP.get(cell.dataset, 2), 4, 4)
@@ -257,5 +252,14 @@ def expected_minutes(cells: Sequence[Cell], budget: str) -> float:
     total = 0.0
     for cell in cells:
         depth = SHAPES.get(cell.size, SHAPES[MAIN_SHAPE])[0] / SHAPES[MAIN_SHAPE][0]
-        total += (distilled if SYSTEMS[cell.system].distilled else single) * (0.5 + 0.5 * depth)
+        total += (distilled if find_system(cell.system).distilled else single) * (0.5 + 0.5 * depth)
     return total
+
+
+def part_of(cells: Sequence[Cell], index: int, count: int, budget: str) -> list[Cell]:
+    """One of `count` parts of about equal time, in the order of the plan; the same wherever it is asked for."""
+    loads, parts = [0.0] * count, {}
+    for cell in sorted(cells, key=lambda c: (-expected_minutes([c], budget), c.name)):
+        least = loads.index(min(loads))
+        parts[cell], loads[least] = least, loads[least] + expected_minutes([cell], budget)
+    return [cell for cell in cells if parts[cell] == index]

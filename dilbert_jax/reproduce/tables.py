@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 from dilbert_jax.evaluation.statistics import mean_interval, paired_difference
-from dilbert_jax.models import SYSTEMS
+from dilbert_jax.models import find_system
 from dilbert_jax.reproduce.grid import MAIN_SHAPE, SHAPES
 
 LEVEL = 0.05
@@ -44,15 +44,15 @@ class Row:
 
     @property
     def title(self) -> str:
-        if SYSTEMS[self.system].distilled:
+        if find_system(self.system).distilled:
             return TITLES.get(f"{self.system}/{self.network}", f"{self.system} {self.network}")
         return TITLES.get(self.system, self.system)
 
 
 def comparison_rows(systems: Sequence[str]) -> list[Row]:
     """The rows of Tables V to VII: every system at DILBERT's number of parameters."""
-    rows = [Row(s, MAIN_SHAPE if SYSTEMS[s].distilled else "matched") for s in systems]
-    return rows + [Row(r.system, r.size, "teacher") for r in rows if SYSTEMS[r.system].distilled]
+    rows = [Row(s, MAIN_SHAPE if find_system(s).distilled else "matched") for s in systems]
+    return rows + [Row(r.system, r.size, "teacher") for r in rows if find_system(r.system).distilled]
 
 
 class Results:

@@ -23,7 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dilbert_jax.experiment import Experiment
 from dilbert_jax.input_pipeline import evaluation_batches, training_batches
-from dilbert_jax.models import SYSTEMS
+from dilbert_jax.models import find_system
 from dilbert_jax.sharding import local_part, make_mesh, put, put_batch, replicated, shardings
 from dilbert_jax.training import objectives
 from dilbert_jax.training import step as steps
@@ -92,7 +92,7 @@ def network_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
 def stage_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
     """The stages of a run in order, without a missing teacher's; mutual learning only where a system has it."""
     left_out = {name for name in NETWORKS if name not in network_names(config)}
-    if not SYSTEMS[config.model.name].distilled:
+    if not find_system(config.model.name).distilled:
         left_out.add("mutual")
     return tuple(stage for stage in STAGES if stage not in left_out)
 
@@ -154,7 +154,7 @@ def _make_stage(name: str, experiment: Experiment, params: Mapping[str, Any], me
         accumulation = Accumulation(parts_of_step, masks)
     if name in NETWORKS:
         start = {name: _initial_params(experiment, seed, mesh)}
-        own_losses = SYSTEMS[config.model.name].own_losses if loss.own else None
+        own_losses = find_system(config.model.name).own_losses if loss.own else None
         taught = name == "student" and "teacher" in params and not train_config.independent_student
         frozen = {"teacher": params["teacher"]} if taught else {}
 
@@ -191,7 +191,7 @@ def _initial_params(experiment: Experiment, seed: int, mesh: Mesh) -> Any:
     key, train_config = jax.random.key(seed), context.config.train
     placed = shardings(jax.eval_shape(context.init_params, key), mesh)
     params = jax.jit(context.init_params, out_shardings=placed)(key)
-    prepare = SYSTEMS[context.config.model.name].prepare
+    prepare = find_system(context.config.model.name).prepare
     if train_config.entity_weights or train_config.video_weights or prepare:
         params = jax.device_get(put(params, jax.tree.map(lambda _: replicated(mesh), params)))
         if prepare:

@@ -1,0 +1,353 @@
+"""The reproduction command: its plan, fair sizes, statistics, report, and that it resumes."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+from tiny import CONFIG, init_params, make_batch, tiny_run_config, to_device
+
+from dilbert_jax import run
+from dilbert_jax.config import check_config
+from dilbert_jax.models import SYSTEMS, find_system, make_network
+from dilbert_jax.reproduce import __main__ as command
+from dilbert_jax.reproduce import cells, claims, grid, report, tables
+from dilbert_jax.reproduce.grid import Cell
+from dilbert_jax.training import objectives
+
+EXTENDING = pathlib.Path(__file__).parents[1] / "docs" / "extending.md"
+
+
+def evaluation(value, chance=0.2, seed=0):
+    """As eval.json, every figure at `value` (its own per network) or `chance`."""
+
+    def interval(x):
+        return {"value": x, "low": None, "high": None}
+
+    def heads(x):
+        macro = {m: interval(x) for m in ("sensitivity", "precision", "f1")}
+        return {
+            "condition": {"accuracy": interval(x), "macro": macro},
+            "findings": {"macro": macro},
+            "entities": {"macro": macro},
+        }
+
+    ranked = {"recall_at_1": value, "recall_at_10": value, "chance_at_1": chance, "chance_at_10": chance}
+    pretraining = {t: ranked for t in ("mlm", "mdc", "moc")} | {"cmm": {"accuracy": value, "chance": chance}}
+    network = {"annotation": heads(value), "pretraining": pretraining}
+    return {
+        "networks": {"student": network, "teacher": network},
+        "baseline": {"majority": heads(chance)},
+        "synthetic_data": True,
+        "synthetic_reports": 3,
+        "dataset": "phantom",
+        "device": "cpu",
+        "versions": {"jax": "0"},
+        "data_fingerprint": "f" * 40,
+        "seed": seed,
+    }
+
+
+def record(cell, value, minutes=1.0):
+    rate = {"steps": 100, "ms_per_clip": minutes * 60000 / 1600}
+    return {
+        "schema": cells.SCHEMA,
+        "cell": cell.name,
+        "budget": "cpu",
+        "command": f"rerun {cell.name}",
+        "commit": "abc",
+        "seconds_of_last_call": 1.0,
+        "config": {"train": {"batch_size": 16}},
+        "evaluation": evaluation(value, seed=cell.seed),
+        "parameters": 10**6,
+        "flops_per_clip": {"annotate": 1e6, "student": 3e6},
+        "training": {"student": rate},
+    }
+
+
+def planned(seeds=3):
+    return grid.plan(grid.TABLES, (), ["phantom"], range(seeds), list(SYSTEMS))
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A grid in which DILBERT is clearly best and BERT is no better than chance."""
+    rng = np.random.default_rng(0)
+    levels = {"dilbert": 0.8, "bert": 0.2}
+    for cell in planned():
+        value = levels.get(cell.system, 0.5) + 0.005 * rng.standard_normal() + 0.02 * cell.seed
+        minutes = {"videobert": 9.0, "dilbert": 5.0, "actbert": 4.9}.get(cell.system, 1.0) * rng.uniform(
+            0.99, 1.01
+        )
+        folder = cells.workdir_of(cell, tmp_path)
+        folder.mkdir(parents=True)
+        (folder / "cell.json").write_text(json.dumps(record(cell, float(value), minutes)))
+    return tmp_path
+
+
+# -- plan ------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_holds_every_cell_once_and_shards_part_it():
+    plan = planned()
+    assert len(plan) == len(set(plan)) == 3 * (len(SYSTEMS) + 5)
+    assert {c.size for c in plan if c.system == "hero"} == {"matched"}
+    assert {c.size for c in plan if c.system == "bert"} == {"matched", *grid.SHAPES}
+    shards = [grid.part_of(plan, i, 3, "cpu") for i in range(3)]
+    minutes = [grid.expected_minutes(part, "cpu") for part in shards]
+    assert max(minutes) < 1.1 * min(minutes)
+    assert sorted(c.name for part in shards for c in part) == sorted(c.name for c in plan)
+    assert [c.seed for c in plan] == sorted(c.seed for c in plan)
+    assert grid.plan((), ("9",), ["phantom"], [0], ["dilbert"]) == [Cell("phantom", "dilbert", "3L8H", 0)]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--tables=IX"], "unknown tables IX"),
+    (["--figures=7,11"], "unknown figures 11"),
+    (["--datasets=imagenet"], "unknown data sets imagenet"),
+    (["--systems=gpt"], "'gpt'; choose one of"),
+    (["--systems=no.such_module"], "cannot be imported"),
+    (["--shard=3/2"], "--shard is '3/2'"),
+    (["--cells=phantom/bert"], "need DATASET/SYSTEM/SIZE/SEED"),
+    (["--report"], "no finished cell"),
+])  # fmt: skip
+def test_a_wrong_option_is_one_line(arguments, message, tmp_path, capsys):
+    assert command.main([*arguments, f"--output={tmp_path}"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_plan_is_printed_with_its_time_before_anything_runs(finished, capsys):
+    missing = cells.workdir_of(planned()[0], finished) / "cell.json"
+    missing.unlink()
+    assert command.main(["--budget=cpu", "--plan", f"--output={finished}"]) == 0
+    text = capsys.readouterr().out
+    assert f"{len(planned())} cells, {len(planned()) - 1} finished" in text and "minutes left" in text
+    assert "phantom/bert/matched/0" in text
+
+
+@pytest.mark.parametrize("budget", grid.BUDGETS)
+@pytest.mark.parametrize("dataset", grid.DATASETS)
+def test_every_cell_has_a_configuration_that_works(dataset, budget):
+    for system, size in (("dilbert", "9L9H"), ("bert", "3L8H")):
+        config = grid.cell_config(Cell(dataset, system, size, 7), budget)
+        check_config(config)
+        assert config.data.guided_masking == (system == "dilbert")
+        assert (config.model.num_layers, config.model.num_heads) == grid.SHAPES[size]
+        assert not config.data.folds or config.data.fold == 7 % config.data.folds
+
+
+@pytest.mark.parametrize("system", [name for name in SYSTEMS if name != "dilbert"])
+def test_matched_systems_have_as_many_parameters_as_dilbert(system):
+    dilbert = grid.cell_config(Cell("phantom", "dilbert", grid.MAIN_SHAPE, 0), "smoke")
+    other = grid.cell_config(Cell("phantom", system, "matched", 0), "smoke")
+    assert grid.count_parameters(other) == pytest.approx(grid.count_parameters(dilbert), rel=0.01)
+    assert other.train.student_epochs == dilbert.train.student_epochs + dilbert.train.mutual_epochs
+    check_config(other)
+
+
+# -- statistics ------------------------------------------------------------------------------------------------
+
+
+def test_holm_multiplies_the_smallest_first_and_never_falls_back():
+    np.testing.assert_allclose(tables.holm([0.04, 0.01, 0.03]), [0.06, 0.03, 0.06])
+    assert tables.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_a_paired_comparison_is_the_t_test_over_common_seeds():
+    first, second = {0: 0.5, 1: 0.7, 2: 0.65, 5: 0.1}, {0: 0.4, 1: 0.5, 2: 0.5, 3: 0.9}
+    found = tables.compare(first, second)
+    assert found["n"] == 3 and found["value"] == pytest.approx(0.15)
+    expected = stats.ttest_rel([0.5, 0.7, 0.65], [0.4, 0.5, 0.5]).pvalue
+    assert found["p"] == pytest.approx(expected)
+    assert tables.compare({0: 1.0}, {0: 0.5})["p"] is None
+    assert tables.compare({0: 1.0}, {1: 0.5}) is None
+
+
+def test_the_best_is_bold_only_when_every_paired_test_says_so(finished):
+    results = tables.Results({c.name: cells.read_cell(c, finished, "cpu") for c in planned()})
+    table = tables.table_vi(results, ["phantom"], list(SYSTEMS))
+    by_name = {row["system"]: row["cells"][0] for row in table["rows"]}
+    assert by_name["DILBERT student"]["best"] and sum(c["best"] for c in by_name.values()) == 1
+    assert by_name["BERT"]["chance"] == pytest.approx(0.2) and by_name["BERT"]["n"] == 3
+    close = {**results.records}
+    key = ("phantom", "hero", "matched")
+    close[key] = {s: record(Cell(*key, s), 0.8 + 0.02 * ((s * 2) % 3)) for s in range(3)}
+    results.records = close
+    table = tables.table_vi(results, ["phantom"], list(SYSTEMS))
+    assert not any(row["cells"][0]["best"] for row in table["rows"])
+
+
+def test_claims_hold_fail_or_stay_undecided(finished):
+    results = tables.Results({c.name: cells.read_cell(c, finished, "cpu") for c in planned()})
+    found = {c["claim"]: c["verdict"] for c in claims.judge_claims(results, ["phantom"], list(SYSTEMS))}
+    assert found["phantom: DILBERT's student is best on macro F1"] == claims.HOLDS
+    assert found["phantom: accuracy of the student exceeds plain BERT's at 3, 6 and 9 layers"] == claims.HOLDS
+    assert (
+        found["phantom: accuracy of the student exceeds the teacher's at 3, 6 and 9 layers"]
+        == claims.UNDECIDED
+    )
+    assert found["phantom: DILBERT trains less long than VideoBERT"] == claims.HOLDS
+    assert found["phantom: DILBERT trains about as long as ActBERT"] == claims.HOLDS
+    worse = [{"value": -0.1, "p": 0.001, "n": 3}, {"value": 0.1, "p": 0.2, "n": 3}]
+    assert claims.judge(worse) == claims.FAILS
+    assert claims.judge([{"value": 0.1, "p": None, "n": 1}]) == claims.UNDECIDED
+    assert claims.judge([{"value": 0.1, "p": 0.001, "n": 3}, None]) == claims.UNDECIDED
+    above = claims.beats_chance(results, ["phantom"], list(SYSTEMS))
+    beats = {(row["system"], row["task"]): row["beats"] for row in above}
+    assert beats["DILBERT student", "CMM accuracy"] and not beats["BERT", "MLM R@1"]
+
+
+# -- report ----------------------------------------------------------------------------------------------------
+
+
+def test_the_report_is_written_as_page_markdown_and_json(finished):
+    assert command.main(["--budget=cpu", "--figures=none", "--report", f"--output={finished}"]) == 0
+    content = json.loads((finished / "reproduction.json").read_text(encoding="utf-8"))
+    assert [t["table"] for t in content["tables"]] == list(grid.TABLES)
+    assert len(content["cells"]) == len(planned()) and content["cells"][0]["command"].startswith("rerun")
+    markdown = (finished / "reproduction.md").read_text(encoding="utf-8")
+    page = (finished / "reproduction.html").read_text(encoding="utf-8")
+    for text in (markdown, page):
+        assert "Synthetic data" in text and "Table VII" in text and "rerun phantom/hero/matched/2" in text
+        assert "paper's own figures are not in the text" in text.replace("&#39;", "'")
+    assert re.search(r"DILBERT student \| 3L8H \| 3 \| \*\*0\.8", markdown)
+
+
+def test_an_unfinished_grid_and_a_diverged_cell_are_named(finished):
+    plan = planned()
+    (cells.workdir_of(plan[0], finished) / "cell.json").unlink()
+    path = cells.workdir_of(plan[1], finished) / "cell.json"
+    bad = {k: v for k, v in record(plan[1], 0.5).items() if k not in ("evaluation", "training")}
+    path.write_text(json.dumps({**bad, "diverged": "student/loss not finite"}))
+    report.write_report(plan, "cpu", finished, grid.TABLES, (), "command")
+    text = (finished / "reproduction.md").read_text(encoding="utf-8")
+    assert f"{len(plan) - 1} of {len(plan)} planned cells" in text
+    assert f"Diverged, and left out of every mean: {plan[1].name}" in text
+
+
+def test_a_folder_of_another_budget_is_refused(finished, capsys):
+    assert command.main(["--budget=smoke", "--plan", f"--output={finished}"]) == 2
+    assert "field 'budget' is 'cpu', not 'smoke'" in capsys.readouterr().err
+
+
+def test_finished_cells_are_not_run_again(finished, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("a finished cell ran again")
+
+    monkeypatch.setattr(run, "train_and_report", refuse)
+    cells.run_cells(planned(), "cpu", finished, "command")
+
+
+# -- a seventh system ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_tower(tmp_path, monkeypatch):
+    """The module of docs/extending.md, saved as it says."""
+    (code,) = re.findall(r"```python\n(.*?)```", EXTENDING.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "my_lab").mkdir()
+    (tmp_path / "my_lab" / "two_tower.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "my_lab.two_tower"
+    for name in ("my_lab", "my_lab.two_tower"):
+        sys.modules.pop(name, None)
+
+
+def overrides():
+    """The fields that the documented command sets."""
+    (line,) = re.findall(r"python train\.py .*two_tower.*", EXTENDING.read_text(encoding="utf-8"))
+    pairs = dict(re.findall(r"--config\.([\w.]+)=(\S+)", line))
+    return {name: value == "True" if value in ("True", "False") else value for name, value in pairs.items()}
+
+
+@pytest.mark.numerics
+def test_a_seventh_system_is_a_file_and_a_line_of_configuration(two_tower):
+    config = tiny_run_config()
+    config.update_from_flattened_dict(overrides())
+    check_config(config)
+    assert config.model.name == two_tower
+    assert grid.parse_cell(f"phantom/{two_tower}/matched/0").system == two_tower
+    model_config = dataclasses.replace(CONFIG, name=two_tower, dropout=0.0)
+    params, batch = init_params(config=model_config), to_device(make_batch())
+    model, own_losses = make_network(model_config), find_system(two_tower).own_losses
+
+    @jax.jit
+    def objective(params):
+        return objectives.pretraining_objective(
+            model,
+            objectives.LossConfig(),
+            {"student": params},
+            None,
+            batch,
+            jax.random.key(0),
+            own_losses=own_losses,
+        )
+
+    (_, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(params)
+    assert metrics["student/contrast"] > 0
+    for tower in ("text_0", "clip_0"):
+        assert float(jnp.abs(gradient[tower]["query"]["dense"]["kernel"]).max()) > 0
+
+
+@pytest.mark.slow
+def test_the_seventh_system_trains_as_documented(two_tower, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "use_compilation_cache", lambda: None)
+    config = tiny_run_config(data_dir=str(tmp_path / "data"))
+    config.update_from_flattened_dict(overrides())
+    assert run.train_and_report(config, tmp_path / "run").exists()
+
+
+# -- the real thing --------------------------------------------------------------------------------------------
+
+
+def reproduce(*arguments, **options):
+    return subprocess.Popen([sys.executable, "-m", "dilbert_jax.reproduce", *arguments], **options)
+
+
+@pytest.mark.slow
+def test_a_killed_grid_resumes_and_a_cell_gives_the_same_numbers_again(tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    names = ["phantom/bert/3L8H/0", "phantom/bert/3L8H/1"]
+    first, second = (cells.workdir_of(grid.parse_cell(n), tmp_path / "a") / "cell.json" for n in names)
+    options = [f"--cells={','.join(names)}", "--budget=smoke"]
+    process = reproduce(*options, f"--output={tmp_path / 'a'}", env=environment, start_new_session=True)
+    deadline = time.monotonic() + 900
+    while not (second.parent / "checkpoints").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert first.exists() and not second.exists()
+    written = first.stat().st_mtime_ns
+    assert reproduce(*options, f"--output={tmp_path / 'a'}", env=environment).wait() == 0
+    assert first.stat().st_mtime_ns == written and second.exists()
+
+    assert reproduce(*options, f"--output={tmp_path / 'b'}", env=environment).wait() == 0
+    for name in names:
+        again = cells.workdir_of(grid.parse_cell(name), tmp_path / "b") / "cell.json"
+        once = cells.workdir_of(grid.parse_cell(name), tmp_path / "a") / "cell.json"
+        results = [
+            json.loads(path.read_text(encoding="utf-8"))["evaluation"]["networks"] for path in (once, again)
+        ]
+        assert results[0] == results[1]
+
+
+@pytest.mark.slow
+def test_the_smoke_budget_gives_every_table_and_figure(tmp_path):
+    assert reproduce("--budget=smoke", "--jobs=2", f"--output={tmp_path}").wait() == 0
+    content = json.loads((tmp_path / "reproduction.json").read_text(encoding="utf-8"))
+    assert content["cells_finished"] == content["cells_planned"] == len(SYSTEMS) + 5
+    assert [t["table"] for t in content["tables"]] == list(grid.TABLES)
+    assert all(cell is not None for t in content["tables"][:3] for row in t["rows"] for cell in row["cells"])
+    assert {f["figure"] for f in content["figures"]} == set(grid.FIGURES)
+    assert sum(f["figure"] == "10" for f in content["figures"]) == 3
+    assert all((tmp_path / f["file"]).stat().st_size > 5000 for f in content["figures"])
