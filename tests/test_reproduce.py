@@ -248,6 +248,24 @@ def test_finished_cells_are_not_run_again(finished, monkeypatch):
     cells.run_cells(planned(), "cpu", finished, "command")
 
 
+def test_the_sweep_never_sees_test_clips_and_keeps_the_best_rate(tmp_path, capsys):
+    plan = grid.plan_sweep(["bert", "dilbert"])
+    assert len(plan) == 2 * len(grid.SWEEP_RATES) and {c.seed for c in plan} == {grid.SWEEP_SEED}
+    assert grid.parse_cell(plan[0].name) == plan[0]
+    config = grid.cell_config(plan[0], "cpu")
+    assert config.optimizer.learning_rate == grid.SWEEP_RATES[0] and not config.train.evaluate_after
+    for cell in plan:
+        folder = cells.workdir_of(cell, tmp_path)
+        folder.mkdir(parents=True)
+        value = 0.5 if cell.rate == (2e-3 if cell.system == "bert" else 1e-3) else 0.4
+        (folder / "cell.json").write_text(json.dumps(record(cell, value)))
+    options = ["--sweep", "--systems=bert,dilbert", "--budget=cpu", "--report", f"--output={tmp_path}"]
+    assert command.main(options) == 0
+    content = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))
+    assert content["kept"] == {"bert": 2e-3, "dilbert": 1e-3}
+    assert "| BERT | 0.400 | 0.400 | 0.500 | 0.002 |" in (tmp_path / "sweep.md").read_text(encoding="utf-8")
+
+
 # -- a seventh system ------------------------------------------------------------------------------------------
 
 

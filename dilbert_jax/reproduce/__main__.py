@@ -31,8 +31,9 @@ from dilbert_jax.reproduce.grid import (
     parse_cell,
     part_of,
     plan,
+    plan_sweep,
 )
-from dilbert_jax.reproduce.report import write_report
+from dilbert_jax.reproduce.report import write_report, write_sweep
 
 
 def _choices(text: str, known: Sequence[str], what: str) -> list[str]:
@@ -120,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cells", help="run these cells alone, comma-separated, e.g. phantom/dilbert/3L8H/0; no report"
     )
+    parser.add_argument("--sweep", action="store_true", help="instead: every system at three learning rates")
     parser.add_argument("--plan", action="store_true", help="print the plan and stop")
     parser.add_argument(
         "--report", action="store_true", help="run nothing: report on the cells that are finished"
@@ -137,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             find_system(name)
         seeds = range(BUDGETS[args.budget].seeds if args.seeds is None else args.seeds)
         number, count = _shard(args.shard)
-        cells = plan(tables, figures, datasets, seeds, systems)
+        cells = plan_sweep(systems) if args.sweep else plan(tables, figures, datasets, seeds, systems)
         wanted = [parse_cell(name) for name in args.cells.split(",")] if args.cells else cells
         wanted = part_of(wanted, number - 1, count, args.budget)
         print_plan(wanted, args.budget, args.output)
@@ -149,7 +151,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_cells(wanted, args.budget, args.output, command)
         if args.report or (not args.cells and count == 1):
             typed = "python -m dilbert_jax.reproduce " + " ".join(sys.argv[1:] if argv is None else argv)
-            print(f"report: {write_report(cells, args.budget, args.output, tables, figures, typed)}")
+            if args.sweep:
+                path = write_sweep(cells, args.budget, args.output, typed)
+            else:
+                path = write_report(cells, args.budget, args.output, tables, figures, typed)
+            print(f"report: {path}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

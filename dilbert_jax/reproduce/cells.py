@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dilbert_jax import run
+from dilbert_jax.evaluate import evaluate
 from dilbert_jax.experiment import Experiment, open_experiment
 from dilbert_jax.flops import count_flops
 from dilbert_jax.models import find_system
@@ -42,6 +43,8 @@ def run_cells(cells: Sequence[Cell], budget: str, output: pathlib.Path, command:
         started = time.monotonic()
         try:
             run.train_and_report(config, folder, command=again)
+            if cell.rate is not None:  # the sweep must not look at test clips
+                evaluate(config, folder, split="validation", command=again, progress=False)
             record = _measure(cell, budget, folder)
         except run.NonFiniteLossError as error:
             _log.info("%s", error)

@@ -58,8 +58,8 @@ def draw_figures(
         if "8" in numbers:
             rows = read_metrics(workdir_of(main, output) / "weights.jsonl")
             add("8", f"{dataset}: weights and biases over the steps",
-                "Median, 5th to 95th percentile (dark) and range (light) of all weights and all biases over every "
-                "stage; teacher and student stand side by side.",
+                "Of all weights and all biases, at steps of every stage: median, and the middle 50, 90 and 98 percent from dark "
+                "to light.",
                 weight_figure(rows))  # fmt: skip
     for size in SHAPES if "10" in numbers else (MAIN_SHAPE,):
         cell = Cell(dataset, "dilbert", size, seed)
@@ -196,8 +196,8 @@ def weight_figure(rows: Sequence[Mapping[str, Any]]) -> bytes:
                     x = np.asarray([ends[stage] + r["step"] for r in points])
                     levels = np.asarray([r[kind] for r in points]).T
                     colour = "#0072b2" if row == 0 else "#d55e00"
-                    axis.fill_between(x, levels[0], levels[-1], color=colour, alpha=0.12, lw=0)
-                    axis.fill_between(x, levels[1], levels[-2], color=colour, alpha=0.35, lw=0)
+                    for band, alpha in ((1, 0.12), (2, 0.2), (3, 0.35)):
+                        axis.fill_between(x, levels[band], levels[-1 - band], color=colour, alpha=alpha, lw=0)
                     axis.plot(x, levels[QUANTILES.index(0.5)], color=colour, lw=1.3)
                 for stage, low, high in spans:
                     axis.axvline(high, color="#999999", lw=0.5)

@@ -22,6 +22,13 @@ FIGURES = ("7", "8", "9", "10")
 SHAPES = {"3L8H": (3, 8), "6L6H": (6, 6), "9L9H": (9, 9)}
 MAIN_SHAPE = "3L8H"  # of Tables V to VII
 
+# The sweep: every system at these learning rates, on this set and a seed of its own, judged on validation clips.
+SWEEP_RATES = (5e-4, 1e-3, 2e-3)
+SWEEP_DATASET, SWEEP_SEED = "phantom", 100
+
+# What the sweep chose, by budget and system; the others have the budget's rate. docs/results/sweep.md has the figures.
+LEARNING_RATES: dict[str, dict[str, float]] = {}
+
 # What each set needs: its own folder, folds where it has no split of its own (a seed tests one of them), lengths.
 DATASETS: dict[str, dict[str, Any]] = {
     "phantom": {"num_frames": 12, "max_tokens": 96, "grid_scales": (1, 3), "grid_steps": 1},
@@ -101,16 +108,19 @@ class Cell:
       dataset, system: a key of `DATASETS`, and a name that `find_system` knows.
       size: a key of `SHAPES`, or "matched": as many parameters as DILBERT has at `MAIN_SHAPE`.
       seed: of initialisation, order and masks; where the set has folds, it also says which is tested.
+      rate: learning rate of a cell of the sweep; None = the system's own (`LEARNING_RATES`, or the budget's).
     """
 
     dataset: str
     system: str
     size: str
     seed: int
+    rate: float | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.dataset}/{self.system}/{self.size}/{self.seed}"
+        swept = "" if self.rate is None else f"@{self.rate:g}"
+        return f"{self.dataset}/{self.system}/{self.size}{swept}/{self.seed}"
 
 
 def parse_cell(name: str) -> Cell:
@@ -120,14 +130,15 @@ def parse_cell(name: str) -> Cell:
       ValueError: no such cell.
     """
     parts = name.split("/")
+    size, _, rate = parts[2].partition("@") if len(parts) == 4 else ("", "", "")
     sizes = (*SHAPES, "matched")
-    if len(parts) != 4 or parts[0] not in DATASETS or parts[2] not in sizes or not parts[3].isdigit():
+    if len(parts) != 4 or parts[0] not in DATASETS or size not in sizes or not parts[3].isdigit():
         raise ValueError(
             f"no cell {name!r}: need DATASET/SYSTEM/SIZE/SEED with a data set of {', '.join(DATASETS)} and a size of "
             f"{', '.join(sizes)}"
         )
     find_system(parts[1])
-    return Cell(parts[0], parts[1], parts[2], int(parts[3]))
+    return Cell(parts[0], parts[1], size, int(parts[3]), float(rate) if rate else None)
 
 
 def plan(
@@ -148,6 +159,12 @@ def plan(
         sizes += [("dilbert", shape) for shape in shapes if "dilbert" in systems]
     cells = [Cell(d, s, size, seed) for seed in seeds for d in datasets for s, size in dict.fromkeys(sizes)]
     return list(dict.fromkeys(cells))
+
+
+def plan_sweep(systems: Sequence[str]) -> list[Cell]:
+    """Every system at every rate of the sweep."""
+    sizes = {s: MAIN_SHAPE if find_system(s).distilled else "matched" for s in systems}
+    return [Cell(SWEEP_DATASET, s, sizes[s], SWEEP_SEED, rate) for s in systems for rate in SWEEP_RATES]
 
 
 def cell_config(cell: Cell, budget: str) -> ml_collections.ConfigDict:
@@ -190,6 +207,10 @@ def cell_config(cell: Cell, budget: str) -> ml_collections.ConfigDict:
     }
     if system.distilled and cell.seed == 0:
         fields["train.weight_points"] = 12
+    if cell.rate is not None:
+        fields |= {"optimizer.learning_rate": cell.rate, "train.evaluate_after": False}
+    elif cell.system in LEARNING_RATES.get(budget, {}):
+        fields["optimizer.learning_rate"] = LEARNING_RATES[budget][cell.system]
     config.update_from_flattened_dict(fields)
     if config.data.folds:
         config.data.fold = cell.seed % config.data.folds
