@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import pathlib
@@ -22,11 +23,12 @@ from dilbert_jax.evaluation.metrics import (
 )
 from dilbert_jax.evaluation.retrieval import matching_accuracy, recall_at_k
 from dilbert_jax.experiment import Experiment, open_experiment
+from dilbert_jax.flops import count_flops, count_parameters
 from dilbert_jax.input_pipeline import evaluation_batches
 from dilbert_jax.report import render_report
 from dilbert_jax.training.log import read_metrics
 from dilbert_jax.training.loop import network_names, network_params, stage_names
-from dilbert_jax.training.objectives import pretraining_forward, task_masks, task_targets
+from dilbert_jax.training.objectives import annotation_forward, pretraining_forward, task_masks, task_targets
 from dilbert_jax.training.step import device_entries
 
 Decisions = dict[str, dict[str, Any]]
@@ -91,6 +93,9 @@ def evaluate(
         "synthetic_data": config.data.name == "phantom",
         "data_fingerprint": experiment.dataset["fingerprint"],
         "seed": config.seed,
+        "system": config.model.name,
+        "parameters": count_parameters(params),
+        "flops_per_clip": _annotation_flops(experiment, params),
         "networks": networks,
         "baseline": {name: report_decisions(d, resamples) for name, d in baselines.items()},
     }
@@ -110,9 +115,22 @@ def evaluate(
     return evaluation
 
 
+def _annotation_flops(experiment: Experiment, params: Any) -> int:
+    """Model FLOPs of annotating one clip."""
+    context = experiment.context
+    index = int(experiment.indices["train"][0])
+    example = experiment.builder.annotation(index, np.random.default_rng(0), train=False)
+    batch = {k: jax.ShapeDtypeStruct((1, *np.shape(v)), np.asarray(v).dtype) for k, v in example.items()}
+    names = jnp.asarray(context.entity_names[0]), jnp.asarray(context.entity_names[1])
+    forward = functools.partial(annotation_forward, context.model, names=names, dropout=None)
+    return count_flops(lambda p, b: forward(p, b)[0], params, device_entries(batch))
+
+
 def summarize(evaluation: dict[str, Any]) -> str:
     """A few lines for the console: the main figures of both networks with their 95 % intervals."""
-    lines = [f"{evaluation['num_clips']} {evaluation['split']} clips of {evaluation['num_groups']} groups"]
+    cost = f"{evaluation['parameters'] / 1e6:.2f} M parameters, {evaluation['flops_per_clip'] / 1e6:.0f} MFLOP a clip"
+    clips = f"{evaluation['num_clips']} {evaluation['split']} clips of {evaluation['num_groups']} groups"
+    lines = [f"{evaluation['system']} ({cost}): {clips}"]
     for network, result in evaluation["networks"].items():
         parts = [f"CMM accuracy {result['pretraining']['cmm']['accuracy']:.3f}"]
         for head, report in result["annotation"].items():

@@ -24,6 +24,11 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> int:
     return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
+def count_parameters(params: Any) -> int:
+    """How many numbers a tree of arrays or `jax.ShapeDtypeStruct` holds."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
 def _of_jaxpr(jaxpr: Any) -> int:
     """Of the equations that the results depend on: a derivative brings along a forward pass that nothing needs."""
     needed, total = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, 0

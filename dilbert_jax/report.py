@@ -190,6 +190,9 @@ def render_report(
         ("device", evaluation["device"]),
         ("reports", "synthetic" if evaluation["synthetic_reports"] else "as written"),
         ("seed", evaluation["seed"]),
+        ("system", evaluation["system"]),
+        ("parameters", f"{evaluation['parameters'] / 1e6:.2f} M"),
+        ("a clip", f"{evaluation['flops_per_clip'] / 1e6:.0f} MFLOP"),
     ]
     render_page(
         "report.html",

@@ -252,6 +252,9 @@ def make_evaluation(seed: int = 0, num: int = 90, num_groups: int = 30) -> dict[
         "versions": {"dilbert_jax": "0.1.0", "jax": "0.10.0", "flax": "0.12.1", "numpy": "2.3.1"},
         "synthetic_reports": True,
         "seed": 0,
+        "system": "dilbert",
+        "parameters": 798063,
+        "flops_per_clip": 5867456,
         "networks": {
             "teacher": {"pretraining": pretraining(0.95), "annotation": answers(0.78)},
             "student": {"pretraining": pretraining(1.0), "annotation": answers(0.84)},

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dilbert_jax import run
@@ -113,8 +112,8 @@ def _measure(cell: Cell, budget: str, folder: pathlib.Path) -> dict[str, Any]:
     shapes = jax.eval_shape(experiment.context.init_params, jax.random.key(0))
     return {
         "evaluation": evaluation,
-        "parameters": int(sum(np.prod(x.shape) for x in jax.tree.leaves(shapes))),
-        "flops_per_clip": _flops(experiment, shapes),
+        "parameters": evaluation["parameters"],
+        "flops_per_clip": {"annotate": evaluation["flops_per_clip"], **_flops(experiment, shapes)},
         "training": training_time(read_metrics(folder / "metrics.jsonl")),
     }
 
@@ -138,24 +137,14 @@ def training_time(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _flops(experiment: Experiment, shapes: Any) -> dict[str, float]:
-    """Model FLOPs of one clip: annotating it, and one update that has it in its batch, by stage."""
+    """Model FLOPs a clip of one update that has it in its batch, by stage."""
     context, index = experiment.context, int(experiment.indices["train"][0])
     loss, model, system = context.loss, context.model, find_system(context.config.model.name)
     size = context.config.train.batch_size
 
-    def batch_of(example: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
-        entries = device_entries(example)
-        return {
-            k: jax.ShapeDtypeStruct((size, *np.shape(v)), np.asarray(v).dtype) for k, v in entries.items()
-        }
-
-    batch = batch_of(experiment.builder.pretraining(index, np.random.default_rng(0)))
-    clip = batch_of(experiment.builder.annotation(index, np.random.default_rng(0), train=False))
+    example = device_entries(experiment.builder.pretraining(index, np.random.default_rng(0)))
+    batch = {k: jax.ShapeDtypeStruct((size, *np.shape(v)), np.asarray(v).dtype) for k, v in example.items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
-    names = jnp.asarray(context.entity_names[0]), jnp.asarray(context.entity_names[1])
-
-    def annotate(params: Any, batch: Any) -> Any:
-        return objectives.annotation_forward(model, params, batch, names, None)[0]
 
     def pretraining(params: Any, frozen: Any, batch: Any, key: Any) -> Any:
         return objectives.pretraining_objective(
@@ -165,7 +154,7 @@ def _flops(experiment: Experiment, shapes: Any) -> dict[str, float]:
     def mutual(params: Any, frozen: Any, batch: Any, key: Any) -> Any:
         return objectives.mutual_objective(model, loss, params, frozen, batch, key)[0]
 
-    counts = {"annotate": count_flops(annotate, shapes, clip)}
+    counts = {}
     one, both = {"student": shapes}, {"teacher": shapes, "student": shapes}
     if system.distilled:
         counts["teacher"] = count_flops(jax.grad(pretraining), {"teacher": shapes}, {}, batch, key)

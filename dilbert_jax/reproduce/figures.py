@@ -58,8 +58,8 @@ def draw_figures(
         if "8" in numbers:
             rows = read_metrics(workdir_of(main, output) / "weights.jsonl")
             add("8", f"{dataset}: weights and biases over the steps",
-                "Of all weights and all biases, at steps of every stage: median, and the middle 50, 90 and 98 percent from dark "
-                "to light.",
+                "Of all weights and all biases, at steps of every stage: median, and the middle 50, 90 and 98 percent, "
+                "dark to light.",
                 weight_figure(rows))  # fmt: skip
     for size in SHAPES if "10" in numbers else (MAIN_SHAPE,):
         cell = Cell(dataset, "dilbert", size, seed)

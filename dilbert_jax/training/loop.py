@@ -22,6 +22,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dilbert_jax.experiment import Experiment
+from dilbert_jax.flops import count_parameters
 from dilbert_jax.input_pipeline import evaluation_batches, training_batches
 from dilbert_jax.models import find_system
 from dilbert_jax.sharding import local_part, make_mesh, put, put_batch, replicated, shardings
@@ -419,11 +420,11 @@ def describe_run(config: ml_collections.ConfigDict, experiment: Experiment) -> s
     """One paragraph for the console: data, sizes, device."""
     sizes = {name: len(ids) for name, ids in experiment.indices.items()}
     shapes = jax.eval_shape(experiment.context.init_params, jax.random.key(0))
-    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes))
     labels = experiment.context.labels
     return (
         f"data {config.data.name}: {sizes['train']} training, {sizes['validation']} validation, "
         f"{sizes['test']} test studies; {len(labels.organs)} organs, {len(labels.conditions)} conditions, "
         f"{len(labels.findings)} findings, {len(labels.entities)} entities; "
-        f"{count / 1e6:.2f} M parameters a network; {len(jax.devices())} device(s), {jax.devices()[0].device_kind}"
+        f"{config.model.name}, {count_parameters(shapes) / 1e6:.2f} M parameters a network; "
+        f"{len(jax.devices())} device(s), {jax.devices()[0].device_kind}"
     )
