@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,7 @@ from dilbert_jax.knowledge import (
     ReportTokenizer,
     extract_entities,
     mask_report,
+    related_entities,
 )
 from dilbert_jax.labels import LabelSpace
 
@@ -104,6 +106,7 @@ class ExampleBuilder:
         self._region = {c: i for i, c in enumerate(labels.regions)}
         self._entity = {c: i for i, c in enumerate(labels.entities)}
         self.reports = [tokenizer.encode(s.report, s.language, graph, spec.max_tokens) for s in store.studies]
+        self._related = [related_entities(report, graph) for report in self.reports]
         self._blank = tokenizer.encode("", "en", graph, spec.max_tokens)
         self._groups = np.unique([s.group_id for s in store.studies], return_inverse=True)[1]
         self._texts = np.unique([s.report for s in store.studies], return_inverse=True)[1]
@@ -249,9 +252,8 @@ class ExampleBuilder:
         hidden = train and rng.random() < spec.report_dropout
         partner = self._mismatched(index, rng) if not hidden and rng.random() < 0.5 else index
         report = self._blank if hidden else self.reports[partner]
-        masked = mask_report(
-            report, rng, self.tokenizer, self.graph, rate=MASK_RATE, guided=spec.guided and train
-        )
+        first = self._related[partner] if spec.guided and train and not hidden else ()
+        masked = mask_report(report, rng, self.tokenizer, rate=MASK_RATE, first=first)
         found = np.flatnonzero(masked.target_mask)[: spec.max_masked_tokens]
         positions = np.zeros(spec.max_masked_tokens, np.int32)
         positions[: len(found)] = found
@@ -341,13 +343,22 @@ def lay_grid(spec: InputSpec, sector: Sequence[float], num_valid: int) -> tuple[
     Returns:
       Boxes float32 [G, 4] and their frames int32 [G].
     """
-    ymin, xmin, ymax, xmax = sector
-    boxes = []
-    for scale in spec.grid_scales:
-        ys, xs = np.linspace(ymin, ymax, scale + 1), np.linspace(xmin, xmax, scale + 1)
-        boxes += [(ys[i], xs[j], ys[i + 1], xs[j + 1]) for i in range(scale) for j in range(scale)]
+    low, high = np.asarray(sector[:2]), np.asarray(sector[2:])
+    boxes = _unit_grid(spec.grid_scales) * np.tile(high - low, 2) + np.tile(low, 2)
     frames = ((np.arange(spec.grid_steps) + 0.5) * num_valid / spec.grid_steps).astype(np.int32)
-    return np.tile(np.asarray(boxes, np.float32), (spec.grid_steps, 1)), np.repeat(frames, len(boxes))
+    return np.tile(boxes.astype(np.float32), (spec.grid_steps, 1)), np.repeat(frames, len(boxes))
+
+
+@functools.cache
+def _unit_grid(scales: tuple[int, ...]) -> np.ndarray:
+    """The boxes of every scale on the unit square, [G, 4]."""
+    boxes = []
+    for scale in scales:
+        edges = np.linspace(0.0, 1.0, scale + 1)
+        boxes += [
+            (edges[i], edges[j], edges[i + 1], edges[j + 1]) for i in range(scale) for j in range(scale)
+        ]
+    return np.asarray(boxes)
 
 
 def pad_frames(frames: np.ndarray, num_frames: int) -> tuple[np.ndarray, np.ndarray]:

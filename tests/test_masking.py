@@ -36,7 +36,13 @@ def ordinary_count(encoded):
 def test_the_budget_is_exact_and_specials_are_spared(encoded, tokenizer, graph, rate, guided):
     budget = max(1, round(rate * ordinary_count(encoded)))
     for seed in range(40):
-        masked = mask_report(encoded, np.random.default_rng(seed), tokenizer, graph, rate=rate, guided=guided)
+        masked = mask_report(
+            encoded,
+            np.random.default_rng(seed),
+            tokenizer,
+            rate=rate,
+            first=related_entities(encoded, graph) if guided else (),
+        )
         assert masked.target_mask.sum() == budget
         assert not masked.target_mask[~encoded.token_mask].any()
         special = np.isin(encoded.token_ids, list(tokenizer.special_ids))
@@ -53,7 +59,7 @@ def test_eighty_ten_ten(encoded, tokenizer, graph):
     masked_share = kept = replaced = total = 0
     seen = set()
     for _ in range(1500):
-        masked = mask_report(encoded, rng, tokenizer, graph, rate=0.5)
+        masked = mask_report(encoded, rng, tokenizer, rate=0.5, first=related_entities(encoded, graph))
         now, was = masked.token_ids[masked.target_mask], encoded.token_ids[masked.target_mask]
         masked_share += (now == tokenizer.mask_id).sum()
         kept += (now == was).sum()
@@ -80,9 +86,11 @@ def test_guidance_takes_related_entities_first_and_whole(encoded, tokenizer, gra
     rate = (pieces + 2) / ordinary_count(encoded)
     chance = 0
     for seed in range(50):
-        masked = mask_report(encoded, np.random.default_rng(seed), tokenizer, graph, rate=rate)
+        masked = mask_report(
+            encoded, np.random.default_rng(seed), tokenizer, rate=rate, first=related_entities(encoded, graph)
+        )
         assert masked.target_mask[np.isin(encoded.entity_index, related)].all()
-        plain = mask_report(encoded, np.random.default_rng(seed), tokenizer, graph, rate=rate, guided=False)
+        plain = mask_report(encoded, np.random.default_rng(seed), tokenizer, rate=rate)
         chance += plain.target_mask[np.isin(encoded.entity_index, related)].mean() / 50
     assert chance < 0.6
 
@@ -97,16 +105,15 @@ def test_a_span_over_the_budget_is_not_cut(tokenizer, graph):
     assert sizes["pleural_irregularity"] > sizes["lung"] == 1
     # A budget of one holds "lung" only, whichever entity is drawn first.
     for seed in range(20):
-        masked = mask_report(encoded, np.random.default_rng(seed), tokenizer, graph, rate=0.01)
+        masked = mask_report(
+            encoded, np.random.default_rng(seed), tokenizer, rate=0.01, first=related_entities(encoded, graph)
+        )
         assert encoded.entity_index[masked.target_mask].tolist() == [0]
 
 
 def test_unguided_is_uniform(encoded, tokenizer, graph):
     rng = np.random.default_rng(3)
-    counts = sum(
-        mask_report(encoded, rng, tokenizer, graph, rate=0.2, guided=False).target_mask.astype(int)
-        for _ in range(3000)
-    )
+    counts = sum(mask_report(encoded, rng, tokenizer, rate=0.2).target_mask.astype(int) for _ in range(3000))
     share = counts[1 : 1 + ordinary_count(encoded)] / 3000
     assert np.abs(share - share.mean()).max() < 0.04
 
@@ -114,7 +121,13 @@ def test_unguided_is_uniform(encoded, tokenizer, graph):
 @pytest.mark.parametrize("guided", [True, False])
 def test_same_state_same_mask(encoded, tokenizer, graph, guided):
     draws = [
-        mask_report(encoded, np.random.default_rng(seed), tokenizer, graph, rate=0.3, guided=guided)
+        mask_report(
+            encoded,
+            np.random.default_rng(seed),
+            tokenizer,
+            rate=0.3,
+            first=related_entities(encoded, graph) if guided else (),
+        )
         for seed in (5, 5, *range(6, 16))
     ]
     np.testing.assert_array_equal(draws[0].token_ids, draws[1].token_ids)
@@ -124,10 +137,10 @@ def test_same_state_same_mask(encoded, tokenizer, graph, guided):
 
 def test_input_is_left_alone_and_empty_reports_have_no_target(encoded, tokenizer, graph):
     before = encoded.token_ids.copy()
-    mask_report(encoded, np.random.default_rng(0), tokenizer, graph, rate=1.0)
+    mask_report(encoded, np.random.default_rng(0), tokenizer, rate=1.0)
     np.testing.assert_array_equal(encoded.token_ids, before)
     empty = tokenizer.encode("", "en", graph, 8)
-    masked = mask_report(empty, np.random.default_rng(0), tokenizer, graph)
+    masked = mask_report(empty, np.random.default_rng(0), tokenizer)
     assert not masked.target_mask.any()
     np.testing.assert_array_equal(masked.token_ids, empty.token_ids)
 
@@ -135,4 +148,4 @@ def test_input_is_left_alone_and_empty_reports_have_no_target(encoded, tokenizer
 @pytest.mark.parametrize("rate", [0.0, -0.1, 1.5])
 def test_rate_is_checked(encoded, tokenizer, graph, rate):
     with pytest.raises(ValueError, match="rate is"):
-        mask_report(encoded, np.random.default_rng(0), tokenizer, graph, rate=rate)
+        mask_report(encoded, np.random.default_rng(0), tokenizer, rate=rate)

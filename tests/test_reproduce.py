@@ -257,13 +257,13 @@ def test_the_sweep_never_sees_test_clips_and_keeps_the_best_rate(tmp_path, capsy
     for cell in plan:
         folder = cells.workdir_of(cell, tmp_path)
         folder.mkdir(parents=True)
-        value = 0.5 if cell.rate == (5e-4 if cell.system == "bert" else 1e-3) else 0.4
+        value = 0.5 if cell.rate == (2e-3 if cell.system == "bert" else 1e-3) else 0.4
         (folder / "cell.json").write_text(json.dumps(record(cell, value)))
     options = ["--sweep", "--systems=bert,dilbert", "--budget=cpu", "--report", f"--output={tmp_path}"]
     assert command.main(options) == 0
     content = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))
-    assert content["kept"] == {"bert": 5e-4, "dilbert": 1e-3}
-    assert "| BERT | 0.400 | 0.500 | 0.400 | 0.0005 |" in (tmp_path / "sweep.md").read_text(encoding="utf-8")
+    assert content["kept"] == {"bert": 2e-3, "dilbert": 1e-3}
+    assert "| BERT | 0.400 | 0.400 | 0.500 | 0.002 |" in (tmp_path / "sweep.md").read_text(encoding="utf-8")
 
 
 # -- a seventh system ------------------------------------------------------------------------------------------

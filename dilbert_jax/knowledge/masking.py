@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -56,25 +57,23 @@ def mask_report(
     encoded: EncodedReport,
     rng: np.random.Generator,
     tokenizer: ReportTokenizer,
-    graph: KnowledgeGraph,
     *,
     rate: float = 0.15,
-    guided: bool = True,
+    first: Sequence[int] = (),
 ) -> MaskedReport:
     """Hides word pieces for masked language modelling.
 
     Exactly max(1, round(rate * n)) of the n word pieces that are no special token become targets (none when
-    n = 0). Guided, the entities of ``related_entities`` are taken first, in random order, each as a whole
-    span while it fits; single random word pieces fill the rest. A target turns into [MASK] with probability
+    n = 0). The entities named in ``first`` are taken first, in random order, each as a whole span while it
+    fits; single random word pieces fill the rest. A target turns into [MASK] with probability
     0.8, into a random ordinary word piece with 0.1, and stays with 0.1.
 
     Args:
       encoded: the report.
       rng: source of randomness; the same state gives the same result.
       tokenizer: the tokenizer that encoded the report.
-      graph: the knowledge graph.
       rate: share of word pieces to hide, in (0, 1].
-      guided: False chooses uniformly at random.
+      first: indices into ``encoded.entities``, as of ``related_entities``; none chooses uniformly at random.
 
     Returns:
       The masked report.
@@ -88,8 +87,8 @@ def mask_report(
     available = np.flatnonzero(maskable)
     budget = max(1, round(rate * available.size)) if available.size else 0
     target_mask = np.zeros(encoded.token_ids.shape, bool)
-    if guided and budget:
-        for index in rng.permutation(np.asarray(related_entities(encoded, graph), np.int64)):
+    if len(first) and budget:
+        for index in rng.permutation(np.asarray(first, np.int64)):
             span = np.flatnonzero((encoded.entity_index == index) & maskable)
             if span.size <= budget - target_mask.sum():
                 target_mask[span] = True

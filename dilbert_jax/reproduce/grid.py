@@ -23,7 +23,7 @@ SHAPES = {"3L8H": (3, 8), "6L6H": (6, 6), "9L9H": (9, 9)}
 MAIN_SHAPE = "3L8H"  # of Tables V to VII
 
 # The sweep: every system at these learning rates, on this set and a seed of its own, judged on validation clips.
-SWEEP_RATES = (2.5e-4, 5e-4, 1e-3)
+SWEEP_RATES = (5e-4, 1e-3, 2e-3)
 SWEEP_DATASET, SWEEP_SEED = "phantom", 100
 
 # What the sweep chose, by budget and system; the others have the budget's rate. docs/results/sweep.md has the figures.
@@ -215,8 +215,8 @@ def cell_config(cell: Cell, budget: str) -> ml_collections.ConfigDict:
     if config.data.folds:
         config.data.fold = cell.seed % config.data.folds
     if cell.size == "matched":
-        layers, ffn_size = matched_size(cell.system, _sizes(config))
-        config.model.update(num_layers=layers, ffn_size=ffn_size)
+        hidden_size, ffn_size = matched_size(cell.system, _sizes(config))
+        config.model.update(hidden_size=hidden_size, ffn_size=ffn_size)
     return config
 
 
@@ -235,29 +235,38 @@ def _sizes(config: ml_collections.ConfigDict) -> str:
 
 @functools.cache
 def matched_size(system: str, config_json: str) -> tuple[int, int]:
-    """Layers and feed-forward width that give a system DILBERT's number of parameters.
+    """Hidden size and feed-forward width that give a system DILBERT's number of parameters at its number of layers.
 
-    As many layers as fit at DILBERT's own feed-forward width; what is left widens the feed-forward layers.
+    The hidden size is the largest multiple of the heads that fits with DILBERT's ratio of feed-forward to hidden size;
+    what is left widens the feed-forward layers.
 
     Args:
       system: to be sized.
       config_json: DILBERT's configuration in JSON, so that the answer can be kept.
     """
     config = ml_collections.ConfigDict(_tuples(json.loads(config_json)))
-    width = config.model.ffn_size
+    ratio, heads = config.model.ffn_size / config.model.hidden_size, config.model.num_heads
 
-    def count(name: str, layers: int, ffn_size: int) -> int:
+    def count(name: str, hidden_size: int, ffn_size: int) -> int:
         trial = ml_collections.ConfigDict(config.to_dict())
-        trial.model.update(name=name, num_layers=layers, ffn_size=ffn_size)
+        trial.model.update(name=name, hidden_size=hidden_size, ffn_size=ffn_size)
         return count_parameters(trial)
 
-    target = count("dilbert", config.model.num_layers, width)
-    layers = 2
-    while count(system, layers + 1, width) <= target:
-        layers += 1
-    at_width = count(system, layers, width)
-    step = (count(system, layers, 2 * width) - at_width) / width  # parameters a unit of width
-    return layers, max(1, round(width + (target - at_width) / step))
+    def at_ratio(hidden_size: int) -> int:
+        return count(system, hidden_size, round(ratio * hidden_size))
+
+    target = count("dilbert", config.model.hidden_size, config.model.ffn_size)
+    # Parameters grow about as the square of the width: start near, and walk to the last size that fits.
+    near = config.model.hidden_size * (target / at_ratio(config.model.hidden_size)) ** 0.5
+    hidden_size = max(heads, heads * int(near // heads))
+    while hidden_size > heads and at_ratio(hidden_size) > target:
+        hidden_size -= heads
+    while at_ratio(hidden_size + heads) <= target:
+        hidden_size += heads
+    width = round(ratio * hidden_size)
+    at_width = count(system, hidden_size, width)
+    step = (count(system, hidden_size, 2 * width) - at_width) / width  # parameters a unit of width
+    return hidden_size, max(1, round(width + (target - at_width) / step))
 
 
 def _tuples(value: Any) -> Any:
