@@ -155,22 +155,25 @@ def _pretraining_tasks(experiment: Experiment, params: Any, indices: np.ndarray)
     def collect(name: str, values: np.ndarray) -> None:
         collected.setdefault(name, []).append(values)
 
-    batches = evaluation_batches(
-        experiment.builder.pretraining, indices, BATCH_SIZE, seed=7, repeats=config.evaluate.mask_repeats
-    )
-    for batch, real in batches:
-        inputs = {k: jnp.asarray(v) for k, v in device_entries(batch).items()}
-        logits = jax.device_get(forward(params, inputs))
-        masks = {
-            k: np.asarray(v) & real.reshape(-1, *[1] * (v.ndim - 1))
-            for k, v in task_masks(inputs, context.loss).items()
-        }
-        targets = jax.device_get(task_targets(inputs, context.loss))
-        for task in ("mlm", "mdc", "moc", "cmm"):
-            collect(f"{task}/logits", logits[task][masks[task]])
-            collect(f"{task}/targets", targets[task][masks[task]])
+    # Words masked at random, and words that the graph chose: systems that were trained on either answer both.
+    for guided in (False, True):
+        build = functools.partial(experiment.builder.pretraining, guided=guided)
+        repeats = config.evaluate.mask_repeats
+        for batch, real in evaluation_batches(build, indices, BATCH_SIZE, seed=7, repeats=repeats):
+            inputs = {k: jnp.asarray(v) for k, v in device_entries(batch).items()}
+            logits = jax.device_get(forward(params, inputs))
+            masks = {
+                k: np.asarray(v) & real.reshape(-1, *[1] * (v.ndim - 1))
+                for k, v in task_masks(inputs, context.loss).items()
+            }
+            targets = jax.device_get(task_targets(inputs, context.loss))
+            for task in ("mlm",) if guided else ("mlm", "mdc", "moc", "cmm"):
+                name = f"{task}_guided" if guided else task
+                collect(f"{name}/logits", logits[task][masks[task]])
+                collect(f"{name}/targets", targets[task][masks[task]])
     joined = {name: np.concatenate(values) for name, values in collected.items()}
     counts = _training_counts(experiment)
+    counts["mlm_guided"] = counts["mlm"]
     # What every training clip holds, as the organ of a set with one organ, is no answer to be ranked.
     told_apart = {}
     if context.loss.mdc_target == "description":
@@ -179,7 +182,7 @@ def _pretraining_tasks(experiment: Experiment, params: Any, indices: np.ndarray)
         task: rank_classes(
             joined[f"{task}/logits"], joined[f"{task}/targets"], counts[task], told_apart.get(task)
         )
-        for task in ("mlm", "mdc", "moc")
+        for task in ("mlm", "mlm_guided", "mdc", "moc")
     }
     tasks["cmm"] = matching_accuracy(joined["cmm/logits"], joined["cmm/targets"])
     return tasks

@@ -238,12 +238,14 @@ class ExampleBuilder:
         }
         return example, np.arange(num_regions) < count
 
-    def pretraining(self, index: int, rng: np.random.Generator, *, train: bool = True) -> Example:
+    def pretraining(
+        self, index: int, rng: np.random.Generator, *, train: bool = True, guided: bool | None = None
+    ) -> Example:
         """One corrupted example for MLM, MDC, MOC and CMM (PAPER section 4).
 
         Half of the reports are replaced by another patient's with another text (D11); `matched` says which.
-        All randomness comes from `rng`. Without `train` frames are evenly sampled and not augmented, and the graph does
-        not choose the masked words: systems that train with and without it answer the same questions.
+        All randomness comes from `rng`; without `train` frames are evenly sampled and not augmented. `guided`: the graph
+        chooses the masked words; None = as the specification says.
         """
         spec = self.spec
         example, _ = self._visual(index, rng if train else None, annotated=True)
@@ -252,7 +254,8 @@ class ExampleBuilder:
         hidden = train and rng.random() < spec.report_dropout
         partner = self._mismatched(index, rng) if not hidden and rng.random() < 0.5 else index
         report = self._blank if hidden else self.reports[partner]
-        first = self._related[partner] if spec.guided and train and not hidden else ()
+        guided = spec.guided if guided is None else guided
+        first = self._related[partner] if guided and not hidden else ()
         masked = mask_report(report, rng, self.tokenizer, rate=MASK_RATE, first=first)
         found = np.flatnonzero(masked.target_mask)[: spec.max_masked_tokens]
         positions = np.zeros(spec.max_masked_tokens, np.int32)

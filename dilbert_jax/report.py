@@ -36,6 +36,7 @@ TASK_TITLES = {
 BASELINE_TITLES = {"majority": "majority of training", "always_present": "every finding, always"}
 RANKED_TASKS = {
     "mlm": "masked language (MLM)",
+    "mlm_guided": "the same, words chosen by the knowledge graph",
     "mdc": "masked description (MDC)",
     "moc": "masked organ (MOC)",
     "cmm": "cross-modal retrieval (CMM)",

@@ -60,7 +60,7 @@ def test_eval_json_says_what_was_evaluated(evaluation):
 @pytest.mark.parametrize("network", ["teacher", "student"])
 def test_both_networks_are_measured_in_every_task(evaluation, network):
     tasks = evaluation["networks"][network]["pretraining"]
-    for task in ("mlm", "mdc", "moc"):
+    for task in ("mlm", "mlm_guided", "mdc", "moc"):
         result = tasks[task]
         assert {"recall_at_1", "recall_at_10", "chance_at_1", "chance_at_10", "num"} <= result.keys()
         assert result["num"] > 0 and 0 <= result["recall_at_1"] <= result["recall_at_10"] <= 1

@@ -43,7 +43,9 @@ def evaluation(value, chance=0.2, seed=0):
         }
 
     ranked = {"recall_at_1": value, "recall_at_10": value, "chance_at_1": chance, "chance_at_10": chance}
-    pretraining = {t: ranked for t in ("mlm", "mdc", "moc")} | {"cmm": {"accuracy": value, "chance": chance}}
+    pretraining = {t: ranked for t in ("mlm", "mlm_guided", "mdc", "moc")} | {
+        "cmm": {"accuracy": value, "chance": chance}
+    }
     network = {"annotation": heads(value), "pretraining": pretraining}
     return {
         "networks": {"student": network, "teacher": network},

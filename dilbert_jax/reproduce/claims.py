@@ -25,7 +25,13 @@ from dilbert_jax.reproduce.tables import (
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 # R@10 is 1 by construction where there are few classes: R@1 there.
-TASK_TITLES = {"mlm": "MLM R@10", "mdc": "MDC R@1", "moc": "MOC R@1", "cmm": "CMM accuracy"}
+TASK_TITLES = {
+    "mlm": "MLM R@10",
+    "mlm_guided": "guided MLM R@10",
+    "mdc": "MDC R@1",
+    "moc": "MOC R@1",
+    "cmm": "CMM accuracy",
+}
 DEEP, SHALLOW = "9L9H", "3L8H"
 
 

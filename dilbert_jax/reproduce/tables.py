@@ -252,9 +252,9 @@ def table_iv(results: Results, datasets: Sequence[str], systems: Sequence[str]) 
 
 def table_v(results: Results, datasets: Sequence[str], systems: Sequence[str]) -> dict[str, Any]:
     figures = {}
-    for task in ("mlm", "mdc", "moc"):
+    for task, title in (("mlm", "MLM"), ("mlm_guided", "guided MLM"), ("mdc", "MDC"), ("moc", "MOC")):
         for k in (1, 10):
-            figures[f"{task.upper()} R@{k}"] = task_figure(task, k), task_figure(task, k, "chance")
+            figures[f"{title} R@{k}"] = task_figure(task, k), task_figure(task, k, "chance")
     figures["CMM accuracy"] = task_figure("cmm"), task_figure("cmm", kind="chance")
     rows, columns = _by_dataset(results, datasets, comparison_rows(systems), figures)
     notes = (
