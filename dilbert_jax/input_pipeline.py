@@ -244,8 +244,8 @@ class ExampleBuilder:
         """One corrupted example for MLM, MDC, MOC and CMM (PAPER section 4).
 
         Half of the reports are replaced by another patient's with another text (D11); `matched` says which.
-        All randomness comes from `rng`; without `train` frames are evenly sampled and not augmented. `guided`: the graph
-        chooses the masked words; None = as the specification says.
+        All randomness comes from `rng`; without `train` frames are evenly sampled and not augmented. `guided`: the
+        graph chooses the masked words; None = as the specification says.
         """
         spec = self.spec
         example, _ = self._visual(index, rng if train else None, annotated=True)
