@@ -75,7 +75,7 @@ BUDGETS = {
         1,
         {"model.hidden_size": 72, "model.ffn_size": 144, "model.channels": (16, 32), "model.blocks": (1, 1),
          "model.unroll": 1, "train.batch_size": 16, "evaluate.mask_repeats": 1, "evaluate.num_resamples": 200},
-        (2.0, 2.0, 1.0, 2.0), (2.0, 1.0), tiny_data=True,
+        (1.0, 1.0, 0.5, 1.0), (2.4, 1.4), tiny_data=True,
     ),
     "cpu": Budget(
         3,
