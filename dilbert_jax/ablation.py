@@ -21,12 +21,10 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
-from scipy import stats
 
 from dilbert_jax import run
 from dilbert_jax.config import load_config, save_config
-from dilbert_jax.evaluation.statistics import mean_interval, paired_difference
+from dilbert_jax.evaluation.statistics import holm, mean_interval, paired_difference, paired_p
 from dilbert_jax.training.log import read_metrics
 from dilbert_jax.training.loop import STAGES, is_complete, stage_names
 from dilbert_jax.training.objectives import NETWORKS
@@ -200,18 +198,16 @@ def compare(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             ]
             if None in pair[0] + pair[1]:
                 continue
-            difference = paired_difference(*pair)
-            # Equal in every seed: no evidence of a difference, where the t-test would divide 0 by 0.
-            changes = np.ptp(np.subtract(pair[0], pair[1])) > 0
-            p = float(stats.ttest_rel(*pair).pvalue) if changes else float(difference.value == 0)
-            rows[name] = {**difference.to_json(), "p": p, "n": len(seeds)}
+            rows[name] = {
+                **paired_difference(*pair).to_json(),
+                "p": paired_p(*pair),
+                "n": len(seeds),
+            }
         if tested in rows:
             table[variant] = rows
-    ordered = sorted(table, key=lambda v: table[v][tested]["p"])
-    largest = 0.0
-    for rank, variant in enumerate(ordered):
-        largest = max(largest, min(1.0, table[variant][tested]["p"] * (len(ordered) - rank)))
-        table[variant][tested]["p_holm"] = largest
+    adjusted = holm([row[tested]["p"] for row in table.values()])
+    for row, p in zip(table.values(), adjusted, strict=True):
+        row[tested]["p_holm"] = p
     return table
 
 

@@ -19,6 +19,7 @@ from tiny import CONFIG, init_params, make_batch, tiny_run_config, to_device
 
 from dilbert_jax import run
 from dilbert_jax.config import check_config
+from dilbert_jax.evaluation import statistics
 from dilbert_jax.models import SYSTEMS, find_system, make_network
 from dilbert_jax.reproduce import __main__ as command
 from dilbert_jax.reproduce import cells, claims, grid, report, tables
@@ -161,8 +162,8 @@ def test_matched_systems_have_as_many_parameters_as_dilbert(system):
 
 
 def test_holm_multiplies_the_smallest_first_and_never_falls_back():
-    np.testing.assert_allclose(tables.holm([0.04, 0.01, 0.03]), [0.06, 0.03, 0.06])
-    assert tables.holm([0.9, 0.8]) == [1.0, 1.0]
+    np.testing.assert_allclose(statistics.holm([0.04, 0.01, 0.03]), [0.06, 0.03, 0.06])
+    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0]
 
 
 def test_a_paired_comparison_is_the_t_test_over_common_seeds():

@@ -197,6 +197,30 @@ def paired_difference(
     return mean_interval(left - right, level=level)
 
 
+def paired_p(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> float | None:
+    """Two-sided p of the paired t-test.
+
+    Returns:
+      None with fewer than two pairs. Where all differences are equal the test would divide 0 by 0: 1 where they are 0,
+      else 0.
+    """
+    if len(first) < 2:
+        return None
+    difference = np.subtract(first, second)
+    if np.ptp(difference) == 0:
+        return float(difference[0] == 0)
+    return float(stats.ttest_rel(first, second).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjustment for as many tests as there are values, in the order given."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(np.argsort(p_values)):
+        largest = max(largest, min(1.0, p_values[index] * (len(p_values) - rank)))
+        adjusted[index] = largest
+    return adjusted
+
+
 def _quantiles(values: np.ndarray, q: float) -> np.ndarray:
     """Quantile over the resamples in which a value is defined; NaN when there is none."""
     ordered = np.sort(values, axis=0)  # NaN last

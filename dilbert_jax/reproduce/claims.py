@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dilbert_jax.evaluation.statistics import holm
 from dilbert_jax.reproduce.grid import MAIN_SHAPE, SHAPES
 from dilbert_jax.reproduce.tables import (
     LEVEL,
@@ -17,7 +18,6 @@ from dilbert_jax.reproduce.tables import (
     chance_accuracy,
     compare,
     comparison_rows,
-    holm,
     macro,
     task_figure,
     training_minutes,

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from dilbert_jax.evaluation.statistics import mean_interval, paired_difference
+from dilbert_jax.evaluation.statistics import holm, mean_interval, paired_difference, paired_p
 from dilbert_jax.models import find_system
 from dilbert_jax.reproduce.grid import MAIN_SHAPE, SHAPES
 
@@ -129,25 +128,6 @@ def task_figure(task: str, k: int = 1, kind: str = "recall") -> Figure:
         return figures[f"{kind}_at_{k}"]
 
     return look_up
-
-
-def paired_p(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Two-sided p of the paired t-test; None with fewer than two pairs, 1 where all are equal."""
-    if len(first) < 2:
-        return None
-    difference = np.subtract(first, second)
-    if np.ptp(difference) == 0:
-        return 1.0 if difference[0] == 0 else 0.0
-    return float(stats.ttest_rel(first, second).pvalue)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjustment, in the order given."""
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(np.argsort(p_values)):
-        largest = max(largest, min(1.0, p_values[index] * (len(p_values) - rank)))
-        adjusted[index] = largest
-    return adjusted
 
 
 def compare(first: Mapping[int, float], second: Mapping[int, float]) -> dict[str, Any] | None:
