@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -156,6 +157,16 @@ def test_matched_systems_have_as_many_parameters_as_dilbert(system):
     assert grid.count_parameters(other) == pytest.approx(grid.count_parameters(dilbert), rel=0.01)
     assert other.train.student_epochs == dilbert.train.student_epochs + dilbert.train.mutual_epochs
     check_config(other)
+
+
+def test_the_experiment_file_names_a_system():
+    get_config = runpy.run_path(str(EXTENDING.parents[1] / "configs" / "systems.py"))["get_config"]
+    assert get_config().model.name == "dilbert"
+    config = get_config("bert")
+    check_config(config)
+    assert config == grid.cell_config(Cell("phantom", "bert", "matched", 0), "cpu")
+    with pytest.raises(ValueError, match="'gpt'; choose one of"):
+        get_config("gpt")
 
 
 # -- statistics ------------------------------------------------------------------------------------------------
