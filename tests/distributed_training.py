@@ -49,8 +49,7 @@ def main() -> None:
     mesh = make_mesh()
     with jax.set_mesh(mesh):
         start = {
-            name: loop._initial_params(experiment.context, seed, mesh)
-            for seed, name in enumerate(loop.NETWORKS)
+            name: loop._initial_params(experiment, seed, mesh) for seed, name in enumerate(loop.NETWORKS)
         }
         stage = loop._make_stage("mutual", experiment, start, mesh)
         try:

@@ -17,6 +17,7 @@ from dilbert_jax.losses import hinge_loss, noise_contrastive_loss
 from dilbert_jax.models import SYSTEMS, make_network
 from dilbert_jax.models.baselines import cbt, hero, mmft_bert, videobert
 from dilbert_jax.models.baselines.contrast import frame_contrast
+from dilbert_jax.models.tangled import resize_nearest, resize_valid
 from dilbert_jax.training import objectives
 from dilbert_jax.training.loop import stage_names
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -281,6 +282,15 @@ def test_actbert_tangles_the_streams_before_the_last_two_layers_of_text():
     assert "cross_entity_query" not in params["tangled_0"]  # one query for both, as the public code
     with pytest.raises(ValueError, match="at least 2 layers of text"):
         init_params(config=dataclasses.replace(CONFIG, name="actbert", num_layers=1))
+
+
+def test_resizing_counts_valid_positions_alone():
+    x = jnp.arange(5)[None, :, None].repeat(2, 0)
+    shown = jnp.asarray([[True] * 4 + [False], [True] * 5])
+    mask = jnp.asarray([[False, True, True, False, True], [True] * 5])
+    resized = resize_valid(x, shown, mask)[..., 0]
+    assert resized[0][mask[0]].tolist() == [0, 1, 2]  # floor(m 4 / 3)
+    np.testing.assert_array_equal(resized[1], resize_nearest(x, 5)[1, :, 0])
 
 
 def test_matching_of_actbert_adds_the_action_to_the_product_of_text_and_region(rng):

@@ -334,7 +334,7 @@ def test_a_diverged_step_names_stage_step_term_and_studies(trained, tmp_path, mo
     next(expected), next(expected)
     ids = [experiment.store.studies[i].study_id for i in next(expected)["study"]]
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "annotation_objective", fake_objective)
+        patch.setattr(objectives, "annotation_objective", fake_objective)
         patch.setattr(loop, "training_batches", marked_batches(loop.training_batches, bad_step=2))
         with pytest.raises(loop.NonFiniteLossError) as error:
             loop.train(experiment, copy)

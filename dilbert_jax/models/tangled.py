@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -15,12 +16,28 @@ Array = jax.Array
 STREAMS = ("entity", "description", "region")
 
 
-TNT_MODES = ("stack", "add_resized")
+TNT_MODES = ("stack", "add_resized", "add_valid")
 
 
 def resize_nearest(x: Array, length: int) -> Array:
     """Repeats or drops positions of x [B, S, ...] to `length`: position m of the result is floor(m S / length)."""
     return x[:, jnp.arange(length) * x.shape[1] // length]
+
+
+def resize_valid(x: Array, x_mask: Array, mask: Array) -> Array:
+    """The same for valid positions alone, so that padding changes nothing.
+
+    Args:
+      x: [B, S, ...]; x_mask: bool [B, S], valid positions first.
+      mask: bool [B, length], the valid positions of the result.
+
+    Returns:
+      [B, length, ...]: the m-th of n valid positions is position floor(m S' / n) of x, S' of which are valid.
+    """
+    rank = jnp.cumsum(mask, axis=1) - 1
+    index = rank * x_mask.sum(1, keepdims=True) // jnp.maximum(mask.sum(1, keepdims=True), 1)
+    index = jnp.clip(index, 0, x.shape[1] - 1)
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 class TangledBlock(nn.Module):
@@ -38,7 +55,8 @@ class TangledBlock(nn.Module):
 
     The mode `add_resized` (decision D5) is that of the public ActBERT code: the description stream's own query serves
     both cross attentions, the new keys and values are resized to a stream's length and added to its own, and the
-    description stream attends to itself alone. Resizing counts padded positions, as that code does.
+    description stream attends to itself alone. Resizing counts padded positions, as that code does; the mode
+    `add_valid` differs from it in that it does not.
     """
 
     hidden_size: int
@@ -97,9 +115,14 @@ class TangledBlock(nn.Module):
                     values.append(cross_value[other])
                     mask.append(masks["description"])
                 elif stream != "description":
-                    length = key[stream].shape[1]
-                    keys[0] += resize_nearest(cross_key[other], length)
-                    values[0] += resize_nearest(cross_value[other], length)
+                    if self.mode == "add_valid":
+                        resize = functools.partial(
+                            resize_valid, x_mask=masks["description"], mask=masks[stream]
+                        )
+                    else:
+                        resize = functools.partial(resize_nearest, length=key[stream].shape[1])
+                    keys[0] += resize(cross_key[other])
+                    values[0] += resize(cross_value[other])
             context, _ = attend(
                 query[stream],
                 constrain(jnp.concatenate(keys, axis=1), BATCH, None, "tensor"),

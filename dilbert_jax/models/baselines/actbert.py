@@ -19,7 +19,8 @@ class ActBert(Network):
     published. All streams share one width. The grid's largest box, the whole sector, is the published "global mean"
     region. Matching looks at pool_w * pool_r + pool_a.
 
-    Source: Zhu and Yang, "ActBERT", CVPR 2020; wiring and matching as in PaddleVideo's public code (D5).
+    Source: Zhu and Yang, "ActBERT", CVPR 2020; wiring and matching as in PaddleVideo's public code (D5), but that
+    padding changes nothing here.
     """
 
     def setup(self) -> None:
@@ -27,7 +28,7 @@ class ActBert(Network):
         c = self.config
         if c.num_layers < TANGLED_LAYERS:
             raise ValueError(f"ActBERT needs at least {TANGLED_LAYERS} layers of text, not {c.num_layers}")
-        fields = c.hidden_size, c.num_heads, c.ffn_size, c.dropout, jnp.dtype(c.dtype), "add_resized"
+        fields = c.hidden_size, c.num_heads, c.ffn_size, c.dropout, jnp.dtype(c.dtype), "add_valid"
         self.tangled = [TangledBlock(*fields) for _ in range(TANGLED_LAYERS)]
         self.text = self.transformer()
         self.regions = self.transformer(REGION_LAYERS)
