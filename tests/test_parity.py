@@ -403,6 +403,16 @@ def write_other_architecture(folder):
     return folder / "x.safetensors"
 
 
+def test_no_length_of_a_header_makes_a_file_a_pickle(tmp_path):
+    seen = set()
+    for padding in range(0, 256, 8):  # headers are padded to 8 bytes
+        path = tmp_path / f"{padding}.safetensors"
+        safetensors_numpy.save_file({}, path, metadata={"dilbert_jax_format": "2", "note": "x" * padding})
+        seen.add(path.read_bytes()[0])
+        assert read_tensors(path)[0] == {}
+    assert 0x80 in seen
+
+
 def write_newer_format(folder):
     safetensors_numpy.save_file({}, folder / "x.safetensors", metadata={"dilbert_jax_format": "2"})
     return folder / "x.safetensors"

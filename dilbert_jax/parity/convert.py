@@ -136,9 +136,11 @@ def read_tensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, s
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing or no file")
     with path.open("rb") as file:
-        start = file.read(2)
-    # PK: the zip archive that torch.save writes; 0x80: a bare pickle.
-    if path.suffix.lower() in PICKLE_ENDINGS or start == b"PK" or start[:1] == b"\x80":
+        start = file.read(9)
+    # PK: the zip archive that torch.save writes; 0x80: a bare pickle. The length of a safetensors header may begin with
+    # either, but the header follows it.
+    pickled = start[:2] == b"PK" or start[:1] == b"\x80"
+    if path.suffix.lower() in PICKLE_ENDINGS or (pickled and start[8:] != b"{"):
         raise ValueError(
             f"{path}: a PyTorch pickle can run any code when it is loaded, so it is not read; where you trust it, "
             "convert it: safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'x.safetensors')"
