@@ -3,7 +3,7 @@
 python train.py --config=configs/systems.py:hero --workdir=runs/hero
 
 Systems: bert, videobert, cbt, hero, mmft_bert, actbert, dilbert (docs/reproduction.md), or a module of your own
-(docs/extending.md). About 5 minutes on 2 CPU cores. All of them, with intervals and tests:
+(docs/extending.md). All of them, with intervals and tests:
 python -m dilbert_jax.reproduce.
 """
 

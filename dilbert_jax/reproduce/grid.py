@@ -26,7 +26,7 @@ MAIN_SHAPE = "3L8H"  # of Tables V to VII
 SWEEP_RATES = (5e-4, 1e-3, 2e-3)
 SWEEP_DATASET, SWEEP_SEED = "phantom", 100
 
-# What the sweep chose, by budget and system; the others have the budget's rate. docs/results/sweep.md has the figures.
+# What the sweep chose, by budget and system; the others have the budget's rate. No sweep is recorded yet.
 LEARNING_RATES: dict[str, dict[str, float]] = {}
 
 # What each set needs: its own folder, folds where it has no split of its own (a seed tests one of them), lengths.
@@ -59,7 +59,7 @@ class Budget:
       seeds: how many by default.
       fields: of the configuration, flattened.
       epochs: of the teacher, the student, mutual learning and fine-tuning.
-      minutes: what a DILBERT cell and another system's cell take on the budget's machine, for the plan.
+      minutes: a guess at what a DILBERT cell and another system's cell take, for the plan.
       tiny_data: clips smaller than the data sets' settings say.
     """
 
