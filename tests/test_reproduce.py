@@ -59,7 +59,21 @@ def evaluation(value, chance=0.2, seed=0):
         "versions": {"jax": "0"},
         "data_fingerprint": "f" * 40,
         "seed": seed,
+        "fold": None,
     }
+
+
+def answers(value, seed):
+    """Forty clips of twenty patients, of which a share of `value` is answered right."""
+    targets = np.arange(40) % 2
+    right = np.random.default_rng(seed).random(40) < value
+    condition = {
+        "class_ids": ["cyst", "stone"],
+        "groups": (np.arange(40) // 2).tolist(),
+        "targets": targets.tolist(),
+        "predictions": np.where(right, targets, 1 - targets).tolist(),
+    }
+    return {"condition": condition}
 
 
 def record(cell, value, minutes=1.0):
@@ -73,6 +87,7 @@ def record(cell, value, minutes=1.0):
         "seconds_of_last_call": 1.0,
         "config": {"train": {"batch_size": 16}},
         "evaluation": evaluation(value, seed=cell.seed),
+        "decisions": {network: answers(value, cell.seed) for network in ("student", "teacher")},
         "parameters": 10**6,
         "flops_per_clip": {"annotate": 1e6, "student": 3e6},
         "training": {"student": rate},
@@ -235,6 +250,31 @@ def test_the_report_is_written_as_page_markdown_and_json(finished):
         assert "Synthetic data" in text and "Table VII" in text and "rerun phantom/hero/matched/2" in text
         assert "paper's own figures are not in the text" in text.replace("&#39;", "'")
     assert re.search(r"DILBERT student \| 3L8H \| 3 \| \*\*0\.8", markdown)
+
+
+def test_clips_are_compared_patient_by_patient(finished):
+    results = tables.Results({c.name: cells.read_cell(c, finished, "cpu") for c in planned()})
+    rows = {r["system"]: r for r in claims.compare_clips(results, ["phantom"], list(SYSTEMS))}
+    bert, teacher = rows["BERT"], rows["DILBERT teacher"]
+    assert bert["runs"] == 3 and bert["groups"] == 20
+    assert bert["difference"]["low"] > 0.3 and bert["p_holm"] < 0.01
+    assert teacher["difference"]["value"] == 0.0 and teacher["p_holm"] == 1.0
+
+
+def test_a_published_report_stands_in_for_its_cells(finished, tmp_path, capsys):
+    assert command.main(["--budget=cpu", "--figures=none", "--report", f"--output={finished}"]) == 0
+    other = tmp_path / "other"
+    options = ["--budget=cpu", "--figures=none", f"--output={other}", f"--reuse={finished}/reproduction.json"]
+    assert command.main([*options, "--plan"]) == 0
+    assert f"{len(planned())} cells taken" in (text := capsys.readouterr().out) and "0 minutes left" in text
+    assert command.main([*options, "--report"]) == 0
+    first, second = (
+        json.loads((folder / "reproduction.json").read_text("utf-8")) for folder in (finished, other)
+    )
+    assert first["tables"] == second["tables"] and first["claims"] == second["claims"]
+    options[0] = "--budget=smoke"
+    assert command.main([*options, "--plan"]) == 2
+    assert "field 'budget' is 'cpu', not 'smoke'" in capsys.readouterr().err
 
 
 def test_an_unfinished_grid_and_a_diverged_cell_are_named(finished):

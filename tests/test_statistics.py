@@ -113,6 +113,21 @@ def test_paired_bootstrap_cancels_what_both_share(rng):
     assert value == pytest.approx((first - second)[:, 0].sum() / 400)
 
 
+def test_permutation_p_is_scipys(rng):
+    sizes = np.full(12, 10)
+    first, second = (np.stack([rng.binomial(10, p, 12), sizes], -1) for p in (0.7, 0.6))
+    exact = stats.permutation_test(
+        (first[:, 0], second[:, 0]),
+        lambda a, b: a.sum() - b.sum(),
+        permutation_type="samples",
+        n_resamples=10**5,
+    )
+    p = statistics.paired_permutation_p(first, second, share, num_resamples=20000)
+    assert p == pytest.approx(exact.pvalue, abs=0.015) and 0.02 < p < 0.98
+    assert statistics.paired_permutation_p(first, first, share) == 1.0
+    assert statistics.paired_permutation_p(first + [[9, 0]], first, share) < 0.01
+
+
 def test_mean_interval_is_scipys():
     values = [0.71, 0.78, 0.69, 0.74, 0.80]
     interval = statistics.mean_interval(values)

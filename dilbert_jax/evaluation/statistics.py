@@ -149,6 +149,40 @@ def paired_group_bootstrap(
     return group_bootstrap(stacked, difference, num_resamples=num_resamples, seed=seed, level=level)
 
 
+def paired_permutation_p(
+    first: np.ndarray,
+    second: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    *,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> float:
+    """Two-sided p of `statistic(first) - statistic(second)` when systems swap their answers in random groups.
+
+    Args:
+      first, second: [G, ...] counts of the two systems, groups in the same order.
+      statistic: maps summed counts [R, ...] to one value each, [R].
+      num_resamples: R random swaps.
+      seed: of the swaps.
+
+    Returns:
+      (1 + swaps with a difference at least as large) / (1 + R).
+    """
+    stacked = np.stack([first, second], axis=1).astype(np.float64)  # [G, 2, ...]
+    flat = stacked.reshape(len(stacked), 2, -1)
+    swapped = np.random.default_rng(seed).random((num_resamples, len(stacked))) < 0.5
+    change = swapped.astype(np.float64) @ (flat[:, 1] - flat[:, 0])  # what `first` gains by the swaps
+    totals = flat.sum(0)
+
+    def difference(gain: np.ndarray) -> np.ndarray:
+        pair = totals[0] + gain, totals[1] - gain
+        left, right = (np.asarray(statistic(x.reshape(-1, *stacked.shape[2:]))) for x in pair)
+        return np.nan_to_num(left - right)
+
+    observed = abs(difference(np.zeros((1, flat.shape[-1])))[0])
+    return float((1 + (np.abs(difference(change)) >= observed - 1e-12).sum()) / (1 + num_resamples))
+
+
 def mean_interval(values: Sequence[float] | np.ndarray, *, level: float = LEVEL) -> Interval:
     """Mean over seeds or folds with Student's t interval, mean +- t(n - 1) s / sqrt(n).
 

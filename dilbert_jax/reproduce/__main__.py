@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from dilbert_jax.models import SYSTEMS, find_system
-from dilbert_jax.reproduce.cells import read_cell, run_cells
+from dilbert_jax.reproduce.cells import read_cell, reuse_records, run_cells
 from dilbert_jax.reproduce.grid import (
     BUDGETS,
     DATASETS,
@@ -122,6 +122,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--cells", help="run these cells alone, comma-separated, e.g. phantom/dilbert/3L8H/0; no report"
     )
     parser.add_argument("--sweep", action="store_true", help="instead: every system at three learning rates")
+    parser.add_argument(
+        "--reuse",
+        type=pathlib.Path,
+        help="a reproduction.json whose cells count as finished, e.g. a published one",
+    )
     parser.add_argument("--plan", action="store_true", help="print the plan and stop")
     parser.add_argument(
         "--report", action="store_true", help="run nothing: report on the cells that are finished"
@@ -142,6 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         cells = plan_sweep(systems) if args.sweep else plan(tables, figures, datasets, seeds, systems)
         wanted = [parse_cell(name) for name in args.cells.split(",")] if args.cells else cells
         wanted = part_of(wanted, number - 1, count, args.budget)
+        if args.reuse:
+            print(f"{reuse_records(args.reuse, args.output, args.budget)} cells taken from {args.reuse}")
         print_plan(wanted, args.budget, args.output)
         if args.plan:
             return 0

@@ -18,12 +18,13 @@ from dilbert_jax.evaluate import evaluate
 from dilbert_jax.experiment import Experiment, open_experiment
 from dilbert_jax.flops import count_flops
 from dilbert_jax.models import find_system
-from dilbert_jax.reproduce.grid import Cell, cell_config
+from dilbert_jax.reproduce.grid import Cell, cell_config, parse_cell
 from dilbert_jax.training import objectives
 from dilbert_jax.training.log import read_metrics
 from dilbert_jax.training.step import device_entries
 
 SCHEMA = "dilbert-jax/cell/1"
+COMPARED_HEADS = ("organ", "condition", "findings")
 _log = logging.getLogger(__name__)
 
 
@@ -60,9 +61,7 @@ def run_cells(cells: Sequence[Cell], budget: str, output: pathlib.Path, command:
             "config": json.loads(config.to_json_best_effort()),
             **record,
         }
-        temporary = folder / "cell.json.tmp"
-        temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        temporary.replace(folder / "cell.json")
+        _write_record(record, folder)
         jax.clear_caches()  # the next cell compiles other programs
 
 
@@ -110,12 +109,69 @@ def _measure(cell: Cell, budget: str, folder: pathlib.Path) -> dict[str, Any]:
     evaluation = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     experiment = open_experiment(cell_config(cell, budget), folder)
     shapes = jax.eval_shape(experiment.context.init_params, jax.random.key(0))
+    decisions = json.loads((folder / "decisions.json").read_text(encoding="utf-8"))
     return {
-        "evaluation": evaluation,
+        "evaluation": _summary(evaluation),
+        "decisions": {name: _answers(decisions[name]) for name in evaluation["networks"]},
         "parameters": evaluation["parameters"],
         "flops_per_clip": {"annotate": evaluation["flops_per_clip"], **_flops(experiment, shapes)},
         "training": training_time(read_metrics(folder / "metrics.jsonl")),
     }
+
+
+def _summary(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """eval.json without its figures by class, which nothing here reads."""
+    left_out = ("per_class", "confusion")
+
+    def heads(reports: dict[str, Any]) -> dict[str, Any]:
+        return {head: {k: v for k, v in r.items() if k not in left_out} for head, r in reports.items()}
+
+    networks = {n: {**r, "annotation": heads(r["annotation"])} for n, r in evaluation["networks"].items()}
+    baseline = {name: heads(reports) for name, reports in evaluation["baseline"].items()}
+    return {**evaluation, "networks": networks, "baseline": baseline}
+
+
+def _answers(heads: dict[str, Any]) -> dict[str, Any]:
+    """What a network said of the classes of every test clip; groups are numbers, and clips have no name."""
+    return {
+        head: {
+            "class_ids": d["class_ids"],
+            "groups": np.unique(d["groups"], return_inverse=True)[1].tolist(),
+            "targets": np.asarray(d["targets"]).astype(int).tolist(),
+            "predictions": np.asarray(d["predictions"]).astype(int).tolist(),
+        }
+        for head, d in heads.items()
+        if head in COMPARED_HEADS
+    }
+
+
+def reuse_records(path: pathlib.Path, output: pathlib.Path, budget: str) -> int:
+    """Puts the finished cells of another reproduction.json below `output`, and returns how many were new.
+
+    Raises:
+      ValueError: no such file, or one of another budget.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); name a reproduction.json") from None
+    if content.get("budget") != budget:
+        raise ValueError(f"{path}: field 'budget' is {content.get('budget')!r}, not {budget!r}")
+    count = 0
+    for record in content["cells"]:
+        folder = workdir_of(parse_cell(record["cell"]), output)
+        if not (folder / "cell.json").exists():
+            _write_record(record, folder)
+            count += 1
+    return count
+
+
+def _write_record(record: dict[str, Any], folder: pathlib.Path) -> None:
+    """Writes cell.json whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "cell.json.tmp"
+    temporary.write_text(json.dumps(record), encoding="utf-8")
+    temporary.replace(folder / "cell.json")
 
 
 def training_time(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

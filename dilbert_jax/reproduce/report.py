@@ -54,7 +54,8 @@ def write_report(
         "tables": [MAKERS[t](results, datasets, systems) for t in tables],
         "claims": judged.judge_claims(results, datasets, systems),
         "above_chance": judged.beats_chance(results, datasets, systems),
-        "cells": [_provenance(record) for record in found.values()],
+        "clip_by_clip": judged.compare_clips(results, datasets, systems),
+        "cells": list(found.values()),
     }
     drawn: list[dict[str, Any]] = []
     if figures:
@@ -68,7 +69,7 @@ def write_report(
         (output / figure["file"]).write_bytes(figure["png"])
     content["figures"] = [{k: f[k] for k in ("figure", "title", "caption", "file")} for f in drawn]
     (output / "reproduction.json").write_text(
-        json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
+        json.dumps(content, ensure_ascii=False, allow_nan=False), encoding="utf-8"
     )
     (output / "reproduction.md").write_text(to_markdown(content), encoding="utf-8")
     path = output / "reproduction.html"
@@ -141,11 +142,7 @@ def _provenance(record: Mapping[str, Any]) -> dict[str, Any]:
         "command": record["command"],
         "commit": record["commit"],
         "device": evaluation.get("device", ""),
-        "versions": evaluation.get("versions", {}),
         "fingerprint": evaluation.get("data_fingerprint", ""),
-        "seconds_of_last_call": record["seconds_of_last_call"],
-        "diverged": record.get("diverged"),
-        "config": record["config"],
     }
 
 
@@ -183,6 +180,11 @@ def _difference(name: str, pair: Mapping[str, Any] | None) -> str:
     return text + (f", p = {pair['p']:.3f}" if pair["p"] is not None else "") + f", n = {pair['n']}"
 
 
+def _clip_text(row: Mapping[str, Any]) -> str:
+    d = row["difference"]
+    return f"{d['value']:+.3f}" + ("" if d["low"] is None else f" [{d['low']:+.3f}, {d['high']:+.3f}]")
+
+
 def _claim_text(claim: Mapping[str, Any]) -> str:
     return "; ".join(_difference(name, pair) for name, pair in claim["differences"].items())
 
@@ -206,7 +208,8 @@ def _rows_above_chance(content: Mapping[str, Any]) -> tuple[list[str], list[dict
 
 def to_markdown(content: Mapping[str, Any]) -> str:
     """The report as Markdown; its figures are files beside it."""
-    devices = sorted({c["device"] for c in content["cells"] if c["device"]})
+    provenance = [_provenance(record) for record in content["cells"]]
+    devices = sorted({c["device"] for c in provenance if c["device"]})
     lines = [
         f"# The paper's tables and figures, reproduced (budget `{content['budget']}`)",
         "",
@@ -239,6 +242,14 @@ def to_markdown(content: Mapping[str, Any]) -> str:
         "|---" * (2 + len(tasks)) + "|",
     ]
     lines += [f"| {r['dataset']} | {r['system']} | {' | '.join(r['cells'])} |" for r in rows]
+    if content["clip_by_clip"]:
+        lines += ["", "## Clip by clip", "", judged.CLIP_NOTES, ""]
+        lines += ["| set | head | against | runs | patients | difference | p |", "|---" * 7 + "|"]
+        lines += [
+            f"| {r['dataset']} | {r['head']} | {r['system']} | {r['runs']} | {r['groups']} | {_clip_text(r)} | "
+            f"{r['p_holm']:.3f} |"
+            for r in content["clip_by_clip"]
+        ]
     if content["figures"]:
         lines += ["", "## Figures", ""]
         for figure in content["figures"]:
@@ -248,7 +259,7 @@ def to_markdown(content: Mapping[str, Any]) -> str:
     lines += ["| cell | commit | data | command |", "|---|---|---|---|"]
     lines += [
         f"| {c['cell']} | {c['commit'] or '–'} | {c['fingerprint'][:12]} | `{c['command']}` |"
-        for c in content["cells"]
+        for c in provenance
     ]
     return "\n".join(lines) + "\n"
 
@@ -271,6 +282,7 @@ def _write_page(content: Mapping[str, Any], drawn: Sequence[Mapping[str, Any]], 
         for t in content["tables"]
     ]
     tasks, rows = _rows_above_chance(content)
+    provenance = [_provenance(record) for record in content["cells"]]
     render_page(
         "reproduction.html",
         path,
@@ -279,12 +291,14 @@ def _write_page(content: Mapping[str, Any], drawn: Sequence[Mapping[str, Any]], 
             ("budget", content["budget"]),
             ("cells", f"{content['cells_finished']} of {content['cells_planned']}"),
             ("commit", content["commit"] or "unknown"),
-            ("device", ", ".join(sorted({c["device"] for c in content["cells"] if c["device"]}))),
+            ("device", ", ".join(sorted({c["device"] for c in provenance if c["device"]}))),
         ],
         tables=tables,
         claims=[{**c, "text": _claim_text(c)} for c in content["claims"]],
         chance_tasks=tasks,
         chance_rows=rows,
         figures=[{**f, **figure_image(f["png"])} for f in drawn],
-        cells=content["cells"],
+        clip_notes=judged.CLIP_NOTES,
+        clip_rows=[{**row, "text": _clip_text(row)} for row in content["clip_by_clip"]],
+        cells=provenance,
     )
