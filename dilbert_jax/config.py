@@ -36,7 +36,7 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     config.seed = 0
 
     config.data = data = ml_collections.ConfigDict()
-    data.name = "phantom"
+    data.name = "phantom"  # 480 generated clips; "phantom/large" has 1,920, "phantom/small" 84
     data.manual_dir = ""  # the set's own folder; "" = $DILBERT_DATA_DIR/<name>
     data.data_dir = ""  # where prepared data go; "" = the user's cache
     data.folds = 0  # 0: the set's train/validation/test; k >= 3: k-fold cross-validation by group

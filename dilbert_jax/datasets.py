@@ -44,7 +44,7 @@ def make_builder(
     """Makes the builder of a data set without preparing anything.
 
     Args:
-      name: one of NAMES.
+      name: one of NAMES, or one with a size of it where it has several, such as "phantom/large".
       manual_dir: folder with the source's files; default $DILBERT_DATA_DIR/<name> if that variable is set.
       data_dir: folder of prepared sets; see ``default_data_dir``.
       strict: stop at the first bad study instead of skipping it.
@@ -56,13 +56,21 @@ def make_builder(
     Raises:
       ValueError: an unknown name.
     """
+    name, _, size = name.partition("/")
     if name not in NAMES:
         raise ValueError(f"data set {name!r} is unknown; known are {', '.join(NAMES)}")
     module = importlib.import_module(f"dilbert_jax.data.{name}.{name}_dataset_builder")
+    if size and size not in module.Builder.builder_configs:
+        known = ", ".join(f"{name}/{known}" for known in module.Builder.builder_configs) or name
+        raise ValueError(f"data set {name!r} has no size {size!r}; choose from {known}")
     if manual_dir is None and os.environ.get("DILBERT_DATA_DIR") and module.Builder.LAYOUT:
         manual_dir = Path(os.environ["DILBERT_DATA_DIR"]) / name
     return module.Builder(
-        manual_dir=manual_dir, data_dir=data_dir or default_data_dir(), strict=strict, progress=progress
+        manual_dir=manual_dir,
+        config=size or None,
+        data_dir=data_dir or default_data_dir(),
+        strict=strict,
+        progress=progress,
     )
 
 
@@ -96,7 +104,7 @@ def prepare(
     root = Path(builder.data_dir_root)
     root.mkdir(parents=True, exist_ok=True)
     # TFDS would delete the earlier data before it reads anything.
-    with tempfile.TemporaryDirectory(prefix=f"incomplete.{name}.", dir=root) as place:
+    with tempfile.TemporaryDirectory(prefix=f"incomplete.{builder.name}.", dir=root) as place:
         fresh = make_builder(name, manual_dir, place, strict, progress)
         with _quiet_logs():
             fresh.download_and_prepare()
@@ -302,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         sub = with_name[command] = commands.add_parser(command, help=help_text)
         if command != "list":
-            sub.add_argument("name", choices=NAMES)
+            sub.add_argument("name", help=f"{', '.join(NAMES)}; also phantom/small, phantom/large")
         sub.add_argument(
             "--data_dir", type=Path, help="prepared sets (default: $DILBERT_PREPARED_DIR or cache)"
         )

@@ -90,7 +90,7 @@ def evaluate(
             **{name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")},
         },
         "synthetic_reports": sum(store.studies[i].report_is_synthetic for i in indices),
-        "synthetic_data": config.data.name == "phantom",
+        "synthetic_data": config.data.name.partition("/")[0] == "phantom",
         "data_fingerprint": experiment.dataset["fingerprint"],
         "seed": config.seed,
         "system": config.model.name,

@@ -64,6 +64,16 @@ def test_contact_sheet_draws_boxes_on_the_frame_that_has_them(tmp_path):
     assert (pixels == (31, 119, 180)).all(1).sum() > 200  # the box in the first colour of the cycle
 
 
+def test_a_size_of_a_set_has_its_own_folder_and_a_wrong_one_is_named(tmp_path, capsys):
+    default, small = (datasets.make_builder(name, data_dir=tmp_path) for name in ("phantom", "phantom/small"))
+    assert small.builder_config.num_patients == 63 and default.builder_config.num_patients == 360
+    assert small.data_dir != default.data_dir
+    assert datasets.main(["prepare", "phantom/huge"]) == 1
+    assert "phantom/default, phantom/small, phantom/large" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="choose from busi"):
+        datasets.make_builder("busi/large")
+
+
 def test_second_prepare_does_no_work_and_changes_are_noticed(folders, monkeypatch):
     source, _ = folders
     first = datasets.prepare("busi", source, progress=False)

@@ -125,7 +125,7 @@ def test_permutation_p_is_scipys(rng):
     p = statistics.paired_permutation_p(first, second, share, num_resamples=20000)
     assert p == pytest.approx(exact.pvalue, abs=0.015) and 0.02 < p < 0.98
     assert statistics.paired_permutation_p(first, first, share) == 1.0
-    assert statistics.paired_permutation_p(first + [[9, 0]], first, share) < 0.01
+    assert statistics.paired_permutation_p(first + np.array([9, 0]), first, share) < 0.01
 
 
 def test_mean_interval_is_scipys():

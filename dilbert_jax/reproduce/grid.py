@@ -61,6 +61,8 @@ class Budget:
       epochs: of the teacher, the student, mutual learning and fine-tuning.
       minutes: a guess at what a DILBERT cell and another system's cell take, for the plan.
       tiny_data: clips smaller than the data sets' settings say.
+      large_phantom: four times as many phantom clips in a quarter of the epochs: as many updates, and more clips to
+        test on.
     """
 
     seeds: int
@@ -68,6 +70,7 @@ class Budget:
     epochs: tuple[float, float, float, float]
     minutes: tuple[float, float]
     tiny_data: bool = False
+    large_phantom: bool = False
 
 
 BUDGETS = {
@@ -81,13 +84,13 @@ BUDGETS = {
         3,
         {"model.hidden_size": 72, "model.ffn_size": 144, "model.channels": (16, 32), "model.blocks": (1, 1),
          "model.unroll": 1, "train.batch_size": 16, "optimizer.warmup_fraction": 0.1, "evaluate.mask_repeats": 2},
-        (10.0, 10.0, 3.0, 36.0), (5.0, 3.5),
+        (10.0, 10.0, 3.0, 36.0), (5.0, 3.5), large_phantom=True,
     ),
     "gpu": Budget(
         5,
         {"model.hidden_size": 360, "model.ffn_size": 1440, "model.channels": (64, 128, 256), "model.blocks": (1, 1, 1),
          "train.batch_size": 32, "optimizer.warmup_fraction": 0.1, "optimizer.learning_rate": 5e-4},
-        (60.0, 60.0, 4.0, 60.0), (20.0, 8.0),
+        (60.0, 60.0, 4.0, 60.0), (20.0, 8.0), large_phantom=True,
     ),
     # The paper's settings (PAPER section 7), with AdamW: what rate 0.24 does is in docs/results/ablation.md.
     "paper": Budget(
@@ -191,7 +194,10 @@ def cell_config(cell: Cell, budget: str) -> ml_collections.ConfigDict:
         }
         fields |= {"data.grid_scales": (1, 2), "data.grid_steps": 1, "data.max_tokens": 64}
     layers, heads = SHAPES.get(cell.size, SHAPES[MAIN_SHAPE])
-    teacher, student, mutual, finetune = settings.epochs
+    large = settings.large_phantom and cell.dataset == "phantom"
+    if large:
+        fields["data.name"] = "phantom/large"
+    teacher, student, mutual, finetune = (epochs * (0.25 if large else 1.0) for epochs in settings.epochs)
     fields |= {
         "seed": cell.seed,
         "model.name": cell.system,
