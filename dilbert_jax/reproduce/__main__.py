@@ -88,8 +88,10 @@ def run_side_by_side(cells: Sequence[Cell], jobs: int, budget: str, output: path
         with tqdm(total=len(cells), desc="cells", unit="cell") as bar:
             while any(process.poll() is None for _, process in processes):
                 time.sleep(1.0)
-                bar.n = sum(read_cell(cell, output, budget) is not None for cell in cells)
-                bar.refresh()
+                done = sum(read_cell(cell, output, budget) is not None for cell in cells)
+                if done != bar.n or sys.stderr.isatty():  # a log file needs no line a second
+                    bar.n = done
+                    bar.refresh()
     except KeyboardInterrupt:
         for _, process in processes:
             process.send_signal(signal.SIGINT)  # each saves where it is

@@ -119,7 +119,10 @@ def chance_macro(measure: str, head: str | None = None) -> Figure:
 
 
 def task_figure(task: str, k: int = 1, kind: str = "recall") -> Figure:
-    """R@k of a task, its chance, or the accuracy of matching (a choice of two, where R@10 says nothing)."""
+    """R@k of a task (`kind` "recall") or what training frequencies alone give ("frequent").
+
+    For matching, a choice of two where R@10 says nothing: its accuracy, and the larger class's share.
+    """
 
     def look_up(record: Mapping[str, Any], network: str) -> float | None:
         figures = record["evaluation"]["networks"][network]["pretraining"][task]
@@ -234,12 +237,12 @@ def table_v(results: Results, datasets: Sequence[str], systems: Sequence[str]) -
     figures = {}
     for task, title in (("mlm", "MLM"), ("mlm_guided", "guided MLM"), ("mdc", "MDC"), ("moc", "MOC")):
         for k in (1, 10):
-            figures[f"{title} R@{k}"] = task_figure(task, k), task_figure(task, k, "chance")
-    figures["CMM accuracy"] = task_figure("cmm"), task_figure("cmm", kind="chance")
+            figures[f"{title} R@{k}"] = task_figure(task, k), task_figure(task, k, "frequent")
+    figures["CMM accuracy"] = task_figure("cmm"), task_figure("cmm", kind="frequent")
     rows, columns = _by_dataset(results, datasets, comparison_rows(systems), figures)
     notes = (
         "Recall among the first 1 and 10 answers. R@10 is 1 by construction with ten classes or fewer; "
-        "matching has two answers, so that its accuracy stands in. Chance: answers in random order."
+        "matching has two answers, so that its accuracy stands in. Chance: the commonest answers of training."
     )
     return _table("V", "Pre-training tasks", notes, rows, columns)
 
