@@ -70,8 +70,8 @@ def answers(value, seed):
     condition = {
         "class_ids": ["cyst", "stone"],
         "groups": (np.arange(40) // 2).tolist(),
-        "targets": targets.tolist(),
-        "predictions": np.where(right, targets, 1 - targets).tolist(),
+        "targets": targets[:, None].tolist(),
+        "predictions": np.where(right, targets, 1 - targets)[:, None].tolist(),
     }
     return {"condition": condition}
 
@@ -259,6 +259,30 @@ def test_clips_are_compared_patient_by_patient(finished):
     assert bert["runs"] == 3 and bert["groups"] == 20
     assert bert["difference"]["low"] > 0.3 and bert["p_holm"] < 0.01
     assert teacher["difference"]["value"] == 0.0 and teacher["p_holm"] == 1.0
+
+
+def test_answers_are_kept_as_the_classes_that_hold():
+    heads = {
+        "condition": {
+            "class_ids": ["a", "b"],
+            "groups": ["p2", "p1"],
+            "targets": [1, 0],
+            "predictions": [0, 0],
+        },
+        "findings": {
+            "class_ids": ["x", "y", "z"],
+            "groups": ["p2", "p1"],
+            "targets": [[True, False, True], [False] * 3],
+            "predictions": [[False, True, False], [True] * 3],
+        },
+        "entities": {"class_ids": [], "groups": [], "targets": [], "predictions": []},
+    }
+    kept = cells._answers(heads)
+    assert kept["condition"] == {
+        "class_ids": ["a", "b"], "groups": [1, 0], "targets": [[1], [0]], "predictions": [[0], [0]]
+    }  # fmt: skip
+    assert kept["findings"]["targets"] == [[0, 2], []] and kept["findings"]["predictions"] == [[1], [0, 1, 2]]
+    assert set(kept) == {"condition", "findings"}
 
 
 def test_a_published_report_stands_in_for_its_cells(finished, tmp_path, capsys):

@@ -132,17 +132,21 @@ def _summary(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answers(heads: dict[str, Any]) -> dict[str, Any]:
-    """What a network said of the classes of every test clip; groups are numbers, and clips have no name."""
+    """The classes that every test clip has, and those that a network said; groups are numbers, clips have no name."""
     return {
         head: {
             "class_ids": d["class_ids"],
             "groups": np.unique(d["groups"], return_inverse=True)[1].tolist(),
-            "targets": np.asarray(d["targets"]).astype(int).tolist(),
-            "predictions": np.asarray(d["predictions"]).astype(int).tolist(),
+            **{name: [_classes_of(answer) for answer in d[name]] for name in ("targets", "predictions")},
         }
         for head, d in heads.items()
         if head in COMPARED_HEADS
     }
+
+
+def _classes_of(answer: int | Sequence[bool]) -> list[int]:
+    """The index of a class, or of all that hold, as a list."""
+    return [answer] if isinstance(answer, int) else np.flatnonzero(answer).tolist()
 
 
 def reuse_records(path: pathlib.Path, output: pathlib.Path, budget: str) -> int:

@@ -270,9 +270,11 @@ def _paired_counts(
         raise ValueError(f"{ours['cell']} and {theirs['cell']} tested other clips; run both on the same data")
     size = len(first["class_ids"])
 
-    def hot(values: Any) -> np.ndarray:
-        array = np.asarray(values)
-        return array.astype(bool) if array.ndim == 2 else np.eye(size, dtype=bool)[array]
+    def hot(answers: Sequence[Sequence[int]]) -> np.ndarray:
+        table = np.zeros((len(answers), size), bool)
+        for row, classes in zip(table, answers, strict=True):
+            row[list(classes)] = True
+        return table
 
     # Folds test other patients, who are numbered alike.
     groups = [f"{ours['evaluation']['fold']}/{g}" for g in first["groups"]]
