@@ -73,8 +73,9 @@ def run_side_by_side(cells: Sequence[Cell], jobs: int, budget: str, output: path
     output.mkdir(parents=True, exist_ok=True)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     processes = []
+    todo = [cell for cell in cells if read_cell(cell, output, budget) is None]
     for job in range(jobs):
-        part = part_of(cells, job, jobs, budget)
+        part = part_of(todo, job, jobs, budget)
         if not part:
             continue
         line = [sys.executable, "-m", "dilbert_jax.reproduce", f"--budget={budget}", f"--output={output}"]
