@@ -255,7 +255,8 @@ def test_the_report_is_written_as_page_markdown_and_json(finished):
 def test_clips_are_compared_patient_by_patient(finished):
     results = tables.Results({c.name: cells.read_cell(c, finished, "cpu") for c in planned()})
     rows = {r["system"]: r for r in claims.compare_clips(results, ["phantom"], list(SYSTEMS))}
-    bert, teacher = rows["BERT"], rows["DILBERT teacher"]
+    bert, teacher = rows["BERT matched"], rows["DILBERT teacher 3L8H"]
+    assert rows["BERT 3L8H"]["runs"] == 3
     assert bert["runs"] == 3 and bert["groups"] == 20
     assert bert["difference"]["low"] > 0.3 and bert["p_holm"] < 0.01
     assert teacher["difference"]["value"] == 0.0 and teacher["p_holm"] == 1.0

@@ -157,6 +157,11 @@ def _digits(cell: Mapping[str, Any]) -> int:
     return 3 if size < 10 else max(0, 3 - int(math.log10(size)))
 
 
+def _spread(cell: Mapping[str, Any]) -> bool:
+    """Whether there is an interval to show: none for one run, nor for what no run changes."""
+    return cell["low"] is not None and cell["low"] < cell["high"]
+
+
 def _text(cell: Mapping[str, Any] | None) -> str:
     if cell is None:
         return "–"
@@ -164,7 +169,7 @@ def _text(cell: Mapping[str, Any] | None) -> str:
     text = f"{cell['value']:.{digits}f}"
     if cell["best"]:
         text = f"**{text}**"
-    if cell["low"] is not None:
+    if _spread(cell):
         text += f" [{cell['low']:.{digits}f}, {cell['high']:.{digits}f}]"
     if cell["chance"] is not None:
         text += f" ({cell['chance']:.3f})"
@@ -185,8 +190,8 @@ def _clip_text(row: Mapping[str, Any]) -> str:
     return f"{d['value']:+.3f}" + ("" if d["low"] is None else f" [{d['low']:+.3f}, {d['high']:+.3f}]")
 
 
-def _claim_text(claim: Mapping[str, Any]) -> str:
-    return "; ".join(_difference(name, pair) for name, pair in claim["differences"].items())
+def _differences(claim: Mapping[str, Any]) -> list[str]:
+    return [_difference(name, pair) for name, pair in claim["differences"].items()]
 
 
 def _rows_above_chance(content: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
@@ -225,14 +230,18 @@ def to_markdown(content: Mapping[str, Any]) -> str:
     ]
     for table in content["tables"]:
         lines += [f"## Table {table['table']}: {table['title']}", "", table["notes"], ""]
-        lines += ["| set | system | size | n | " + " | ".join(table["columns"]) + " |"]
-        lines += ["|---" * (4 + len(table["columns"])) + "|"]
+        by_set = _by_set(table)
+        heads = ["set"] * by_set + ["system", "size", "n", *table["columns"]]
+        lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for row in table["rows"]:
-            cells = " | ".join(_text(cell) for cell in row["cells"])
-            lines.append(f"| {row['dataset']} | {row['system']} | {row['size']} | {_count(row)} | {cells} |")
+            cells = [row["dataset"]] * by_set + [row["system"], row["size"], _count(row)]
+            lines.append(f"| {' | '.join(cells + [_text(cell) for cell in row['cells']])} |")
         lines.append("")
     lines += ["## The paper's claims", "", "| of | claim | verdict | differences |", "|---|---|---|---|"]
-    lines += [f"| {c['id']} | {c['claim']} | {c['verdict']} | {_claim_text(c)} |" for c in content["claims"]]
+    lines += [
+        f"| {c['id']} | {c['claim']} | {c['verdict']} | {'; '.join(_differences(c))} |"
+        for c in content["claims"]
+    ]
     tasks, rows = _rows_above_chance(content)
     lines += [
         "",
@@ -266,6 +275,11 @@ def to_markdown(content: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _by_set(table: Mapping[str, Any]) -> bool:
+    """Whether rows differ by data set; Table IV has a column for each."""
+    return any(row["dataset"] for row in table["rows"])
+
+
 def _count(row: Mapping[str, Any]) -> str:
     counts = sorted({cell["n"] for cell in row["cells"] if cell is not None})
     return "–".join(str(n) for n in ([counts[0], counts[-1]] if len(counts) > 1 else counts)) or "0"
@@ -277,10 +291,15 @@ def _write_page(content: Mapping[str, Any], drawn: Sequence[Mapping[str, Any]], 
             return None
         digits = _digits(cell)
         texts = {name: f"{cell[name]:.{digits}f}" for name in ("low", "high") if cell[name] is not None}
-        return {**cell, "text": f"{cell['value']:.{digits}f}", **{f"{k}_text": v for k, v in texts.items()}}
+        texts = {f"{k}_text": v for k, v in texts.items()}
+        return {**cell, "spread": _spread(cell), "text": f"{cell['value']:.{digits}f}", **texts}
 
     tables = [
-        {**t, "rows": [{**r, "n": _count(r), "cells": [prepared(c) for c in r["cells"]]} for r in t["rows"]]}
+        {
+            **t,
+            "by_set": _by_set(t),
+            "rows": [{**r, "n": _count(r), "cells": [prepared(c) for c in r["cells"]]} for r in t["rows"]],
+        }
         for t in content["tables"]
     ]
     tasks, rows = _rows_above_chance(content)
@@ -296,7 +315,7 @@ def _write_page(content: Mapping[str, Any], drawn: Sequence[Mapping[str, Any]], 
             ("device", ", ".join(sorted({c["device"] for c in provenance if c["device"]}))),
         ],
         tables=tables,
-        claims=[{**c, "text": _claim_text(c)} for c in content["claims"]],
+        claims=[{**c, "texts": _differences(c)} for c in content["claims"]],
         chance_tasks=tasks,
         chance_rows=rows,
         figures=[{**f, **figure_image(f["png"])} for f in drawn],
