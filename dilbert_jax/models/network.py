@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from dilbert_jax.models.attention import LAYER_NORM_EPSILON, Dense, TransformerBlock, at_least_float32
 from dilbert_jax.models.conv3d import VideoEncoder
 from dilbert_jax.models.embeddings import (
-    NUM_TOKEN_TYPES,
     DescriptionEmbedding,
     EntityEmbedding,
     RegionEmbedding,
@@ -26,6 +25,7 @@ from dilbert_jax.models.embeddings import (
 from dilbert_jax.models.heads import ClassHead, MatchHead, Pooler, Transform
 from dilbert_jax.models.r3d import FRAME_MEAN, FRAME_STD, R3D18, TEMPORAL_STRIDE
 from dilbert_jax.models.regions import pool_regions
+from dilbert_jax.models.streams import max_valid, mean_by_type, mean_valid, video_overview
 from dilbert_jax.sharding import BATCH, constrain, platform
 
 Array = jax.Array
@@ -102,7 +102,7 @@ class Encoded:
       masks: valid positions per stream.
       pooled: one vector per stream [B, D].
       fused: pool_w * pool_a + pool_w * pool_r, [B, D]: what matching and the relational losses look at.
-      overview: the 3-D CNN's own view of the clip, [B, 6 * C] (see `_overview`).
+      overview: the 3-D CNN's own view of the clip, [B, 6 * C] (see `video_overview`).
       cross_weights: last block's attention of the description, entity [B, N, A, L] and region [B, N, A, R]; empty where
         the description does not look at them.
       embedded: hidden states per stream before the encoder.
@@ -264,20 +264,20 @@ class Network(nn.Module):
         streams = {name: constrain(x, BATCH) for name, x in streams.items()}
         # Both sides of the matching keep a view that has not met the other: the named entities as they stand in the
         # report, and the 3-D CNN's overview. What the blocks mix follows the report, also where it is the wrong one.
-        named = _mean_by_type(streams["entity"], token_types, token_mask)
+        named = mean_by_type(streams["entity"], token_types, token_mask)
         masks = {"entity": token_mask, "description": step_mask, "region": region_mask}
         embedded = streams
         streams, cross_weights, of_encoder = self.fuse(streams, masks, deterministic)
         own |= of_encoder
-        overview = self.overview_norm(_overview(features, step_mask))
+        overview = self.overview_norm(video_overview(features, step_mask))
         # [CLS] as in BERT, and the maximum: the few words that name organ and disease drown in a mean.
-        words = [streams["entity"][:, 0], _max_valid(streams["entity"], token_mask), named]
+        words = [streams["entity"][:, 0], max_valid(streams["entity"], token_mask), named]
         # The description is the clip's overall appearance: its pooled vector sees the 3-D CNN's map directly too.
-        appearance = jnp.concatenate([_mean_valid(streams["description"], step_mask), overview], axis=-1)
+        appearance = jnp.concatenate([mean_valid(streams["description"], step_mask), overview], axis=-1)
         pooled = {
             "entity": self.pool_entity(jnp.concatenate(words, axis=-1)),
             "description": self.pool_description(appearance),
-            "region": self.pool_region(_mean_valid(streams["region"], region_mask)),
+            "region": self.pool_region(mean_valid(streams["region"], region_mask)),
         }
         fused = self.join(pooled, own)
         return Encoded(streams, masks, pooled, fused, overview, cross_weights, embedded, description, own)
@@ -410,7 +410,7 @@ class Network(nn.Module):
         }
         if self.config.order:
             logits["order"] = self.order(
-                _mean_valid(encoded.streams["description"], encoded.masks["description"])
+                mean_valid(encoded.streams["description"], encoded.masks["description"])
             )
         return logits
 
@@ -427,7 +427,7 @@ class Network(nn.Module):
           with `frame` [B, E, A], `region` [B, E, R] and `clip` [B, E].
         """
         words = self.entity_embedding.word(entity_names)  # [E, P, D]
-        names = _mean_valid(words, entity_names_mask)
+        names = mean_valid(words, entity_names_mask)
         clip = jnp.concatenate(self.clip_views(encoded), axis=-1)
         return {
             "organ": self.organ(clip),
@@ -449,7 +449,7 @@ class Network(nn.Module):
         overview spares fine-tuning the long way through the blocks.
         """
         views = [encoded.pooled["description"], encoded.pooled["region"], encoded.overview]
-        return views + [_max_valid(encoded.streams[s], encoded.masks[s]) for s in ("description", "region")]
+        return views + [max_valid(encoded.streams[s], encoded.masks[s]) for s in ("description", "region")]
 
     def __call__(
         self,
@@ -493,61 +493,3 @@ def own_task_inputs(encoded: Encoded, mlm_positions: Array) -> dict[str, Array]:
         "report": jnp.arange(batch),
         "own_report": jnp.arange(batch),
     }
-
-
-def side_by_side(
-    streams: Mapping[str, Array], masks: Mapping[str, Array], names: Sequence[str]
-) -> tuple[Array, Array, dict[str, slice]]:
-    """Streams [B, S, D] as one [B, sum of S, D], its mask, and where each lies in it."""
-    places, end = {}, 0
-    for name in names:
-        places[name] = slice(end, end + streams[name].shape[1])
-        end = places[name].stop
-    hidden = jnp.concatenate([streams[name] for name in names], axis=1)
-    return hidden, jnp.concatenate([masks[name] for name in names], axis=1), places
-
-
-def looks_at(weights: Array, places: Mapping[str, slice]) -> dict[str, Array]:
-    """What the description looks at, out of the attention map [B, N, S, S] over streams side by side."""
-    return {s: weights[:, :, places["description"], places[s]] for s in ("entity", "region") if s in places}
-
-
-def _mean_valid(x: Array, mask: Array) -> Array:
-    """Mean over the second to last axis of [..., S, D] where mask [..., S]; zero when nothing is valid."""
-    weight = mask[..., None].astype(x.dtype)
-    return (x * weight).sum(-2) / jnp.maximum(weight.sum(-2), 1.0)
-
-
-def _mean_by_type(x: Array, token_types: Array, mask: Array) -> Array:
-    """Means of x [B, L, D] over the valid tokens of each entity type, side by side [B, types * D]; zero for none."""
-    kinds = jnp.arange(1, NUM_TOKEN_TYPES)  # type 0 is outside of any entity
-    of_type = (token_types[:, None, :] == kinds[:, None]) & mask[:, None, :]  # [B, types, L]
-    return _mean_valid(x[:, None], of_type).reshape(x.shape[0], -1)
-
-
-def _max_valid(x: Array, mask: Array) -> Array:
-    """Maximum over the second to last axis of [..., S, D] where mask [..., S]; zero when nothing is valid."""
-    largest = jnp.max(jnp.where(mask[..., None], x, jnp.finfo(x.dtype).min), axis=-2)
-    return jnp.where(mask.any(-1)[..., None], largest, 0.0)
-
-
-def _overview(features: Array, step_mask: Array) -> Array:
-    """Mean and maximum over the whole map, and the means of its four quadrants.
-
-    Args:
-      features: [B, A, H, W, C], zero at padded steps. Where H or W is odd, quadrants share the middle.
-      step_mask: bool [B, A].
-
-    Returns:
-      [B, 6 * C].
-    """
-    height, width = features.shape[2:4]
-    steps = jnp.maximum(step_mask.sum(-1), 1).astype(features.dtype)[:, None, None, None]
-    mean = features.sum(axis=1) / steps  # [B, H, W, C]
-    rows = slice(0, -(-height // 2)), slice(height // 2, height)
-    columns = slice(0, -(-width // 2)), slice(width // 2, width)
-    quadrants = [mean[:, r, c].mean(axis=(1, 2)) for r in rows for c in columns]
-    floor = jnp.finfo(features.dtype).min
-    largest = jnp.where(step_mask[:, :, None, None, None], features, floor).max(axis=(1, 2, 3))
-    largest = jnp.where(step_mask.any(-1)[:, None], largest, 0.0)
-    return jnp.concatenate([mean.mean(axis=(1, 2)), largest, *quadrants], axis=-1)

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from dilbert_jax.models.embeddings import Embedding
-from dilbert_jax.models.network import Network, System, looks_at, side_by_side
+from dilbert_jax.models.network import Network, System
+from dilbert_jax.models.streams import looks_at, side_by_side
 from dilbert_jax.models.tangled import STREAMS
 
 Array = jax.Array

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from dilbert_jax.losses import masked_mean, noise_contrastive_loss
 from dilbert_jax.models.attention import Dense
 from dilbert_jax.models.baselines.contrast import FrameHead, frame_contrast
-from dilbert_jax.models.network import Encoded, Network, System, looks_at, side_by_side
+from dilbert_jax.models.network import Encoded, Network, System
+from dilbert_jax.models.streams import looks_at, side_by_side
 
 Array = jax.Array
 NUM_NEGATIVES = 3  # other reports that a clip is held against

@@ -13,7 +13,8 @@ from dilbert_jax.losses import cross_entropy, hinge_loss, masked_mean
 from dilbert_jax.models.attention import LAYER_NORM_EPSILON, Dense
 from dilbert_jax.models.baselines.contrast import FrameHead, frame_contrast
 from dilbert_jax.models.embeddings import Embedding
-from dilbert_jax.models.network import Encoded, Network, System, looks_at, side_by_side
+from dilbert_jax.models.network import Encoded, Network, System
+from dilbert_jax.models.streams import looks_at, side_by_side
 from dilbert_jax.models.tangled import STREAMS
 
 Array = jax.Array

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from dilbert_jax.losses import binary_cross_entropy, cross_entropy, masked_mean
 from dilbert_jax.models.attention import TransformerBlock
 from dilbert_jax.models.heads import ClassHead
-from dilbert_jax.models.network import Encoded, Network, System, looks_at, side_by_side
+from dilbert_jax.models.network import Encoded, Network, System
+from dilbert_jax.models.streams import looks_at, side_by_side
 
 Array = jax.Array
 # What each BERT reads: the question's place is the report's, the subtitles' that of the regions.

@@ -14,7 +14,8 @@ from sklearn.cluster import KMeans
 from dilbert_jax.losses import cross_entropy, masked_mean
 from dilbert_jax.models.embeddings import Embedding
 from dilbert_jax.models.heads import Transform
-from dilbert_jax.models.network import Encoded, Network, System, looks_at, side_by_side
+from dilbert_jax.models.network import Encoded, Network, System
+from dilbert_jax.models.streams import looks_at, side_by_side
 from dilbert_jax.models.tangled import STREAMS
 
 Array = jax.Array
