@@ -16,8 +16,8 @@ import numpy as np
 
 import dilbert_jax
 from dilbert_jax.clips import find_sector, place_on_canvas, select_evenly
+from dilbert_jax.examples import Example, lay_grid, pad_frames
 from dilbert_jax.experiment import ModelContext
-from dilbert_jax.input_pipeline import Example, lay_grid, pad_frames
 from dilbert_jax.knowledge import describe
 from dilbert_jax.media import Clip
 from dilbert_jax.models import Network

@@ -18,7 +18,7 @@ from dilbert_jax import datasets, splits
 from dilbert_jax.clips import ClipStore, open_clip_store
 from dilbert_jax.config import load_config, save_config
 from dilbert_jax.data.record import EncodedFrames, decode_png
-from dilbert_jax.input_pipeline import ExampleBuilder, InputSpec, entity_statuses
+from dilbert_jax.examples import ExampleBuilder, InputSpec, entity_statuses
 from dilbert_jax.knowledge import KnowledgeGraph, ReportTokenizer, load_graph
 from dilbert_jax.labels import LabelSpace, build_label_space
 from dilbert_jax.models import make_network

@@ -8,7 +8,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from dilbert_jax.input_pipeline import MASK_RATE
+from dilbert_jax.examples import MASK_RATE
 from dilbert_jax.models import make_network
 from dilbert_jax.models.network import NetworkConfig, frames_per_step
 from dilbert_jax.training.objectives import VISUAL

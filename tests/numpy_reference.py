@@ -111,3 +111,12 @@ def bernoulli_divergence(student: np.ndarray, teacher: np.ndarray, temperature: 
     """KL(teacher || student) of one Bernoulli distribution a logit."""
     p, q = sigmoid(teacher / temperature), sigmoid(student / temperature)
     return p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+
+
+def iou_of_two(a, b):
+    """Intersection over union of two boxes (ymin, xmin, ymax, xmax)."""
+    height = min(a[2], b[2]) - max(a[0], b[0])
+    width = min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(height, 0.0) * max(width, 0.0)
+    total = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
+    return shared / total if total else 0.0

@@ -24,7 +24,7 @@ from dilbert_jax.annotation import (
     predict,
     write_description,
 )
-from dilbert_jax.input_pipeline import box_iou
+from dilbert_jax.boxes import box_iou
 from dilbert_jax.media import Clip, read_clip
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_builder import make_builder
 from small_export import shared_experiment
-from test_input_pipeline import make_builder
 from tiny import CONFIG, A, B, E, M, init_params, make_batch, to_device
 
 from dilbert_jax.config import default_config
