@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from dilbert_jax.models import SYSTEMS, find_system
-from dilbert_jax.reproduce.cells import read_cell, reuse_records, run_cells
+from dilbert_jax.reproduce.cells import read_cell, reuse_records, run_cells, workdir_of
 from dilbert_jax.reproduce.grid import (
     BUDGETS,
     DATASETS,
@@ -65,43 +65,55 @@ def print_plan(cells: Sequence[Cell], budget: str, output: pathlib.Path) -> None
 
 
 def run_side_by_side(cells: Sequence[Cell], jobs: int, budget: str, output: pathlib.Path) -> None:
-    """Runs cells in several processes, each with its share of this machine's cores; they tell `output/job_<i>.log`.
+    """Runs up to `jobs` cells at a time, in plan order: each in a process of its own, which has its share of this
+    machine's cores and tells the `log.txt` beside its results.
 
     Raises:
-      ValueError: one of them failed.
+      ValueError: some of them failed; the others are finished.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    waiting = [cell for cell in cells if read_cell(cell, output, budget) is None]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    processes = []
-    todo = [cell for cell in cells if read_cell(cell, output, budget) is None]
-    for job in range(jobs):
-        part = part_of(todo, job, jobs, budget)
-        if not part:
-            continue
-        line = [sys.executable, "-m", "dilbert_jax.reproduce", f"--budget={budget}", f"--output={output}"]
-        line.append(f"--cells={','.join(cell.name for cell in part)}")
-        with (output / f"job_{job}.log").open("w", encoding="utf-8") as log:
-            process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT)
-        if len(cores) >= jobs:
-            os.sched_setaffinity(process.pid, cores[job::jobs])
-        processes.append((job, process))
+    shares = [cores[job::jobs] for job in range(jobs)]
+    running: dict[Cell, tuple[subprocess.Popen[bytes], list[int]]] = {}
+    failed: list[Cell] = []
     try:
-        with tqdm(total=len(cells), desc="cells", unit="cell") as bar:
-            while any(process.poll() is None for _, process in processes):
-                time.sleep(1.0)
-                done = sum(read_cell(cell, output, budget) is not None for cell in cells)
-                if done != bar.n or sys.stderr.isatty():  # a log file needs no line a second
-                    bar.n = done
-                    bar.refresh()
+        with tqdm(total=len(cells), initial=len(cells) - len(waiting), desc="cells", unit="cell") as bar:
+            while waiting or running:
+                while waiting and shares:
+                    cell, share = waiting.pop(0), shares.pop(0)
+                    running[cell] = _start(cell, share, budget, output), share
+                time.sleep(0.5)
+                for cell, (process, share) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[cell]
+                        shares.append(share)
+                        failed += [cell] if process.returncode else []
+                        bar.update()
     except KeyboardInterrupt:
-        for _, process in processes:
+        for process, _ in running.values():
             process.send_signal(signal.SIGINT)  # each saves where it is
+        for process, _ in running.values():
             process.wait()
         raise
-    failed = [job for job, process in processes if process.returncode]
     if failed:
-        logs = ", ".join(str(output / f"job_{job}.log") for job in failed)
-        raise ValueError(f"{len(failed)} of {len(processes)} jobs failed; see the end of {logs}")
+        logs = ", ".join(str(_log_of(cell, output)) for cell in failed)
+        raise ValueError(f"{len(failed)} cells failed; see the end of {logs}")
+
+
+def _log_of(cell: Cell, output: pathlib.Path) -> pathlib.Path:
+    return workdir_of(cell, output) / "log.txt"
+
+
+def _start(cell: Cell, share: Sequence[int], budget: str, output: pathlib.Path) -> subprocess.Popen[bytes]:
+    """A process that runs one cell on some cores (none = on any)."""
+    path = _log_of(cell, output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = [sys.executable, "-m", "dilbert_jax.reproduce", f"--budget={budget}", f"--output={output}"]
+    with path.open("a", encoding="utf-8") as log:
+        process = subprocess.Popen([*line, f"--cells={cell.name}"], stdout=log, stderr=subprocess.STDOUT)
+    if share:
+        os.sched_setaffinity(process.pid, share)
+    return process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
