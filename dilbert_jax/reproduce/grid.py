@@ -84,7 +84,7 @@ BUDGETS = {
         3,
         {"model.hidden_size": 72, "model.ffn_size": 144, "model.channels": (16, 32), "model.blocks": (1, 1),
          "model.unroll": 1, "train.batch_size": 16, "optimizer.warmup_fraction": 0.1, "evaluate.mask_repeats": 2},
-        (10.0, 10.0, 3.0, 36.0), (5.0, 3.5), large_phantom=True,
+        (34.0, 34.0, 5.0, 36.0), (8.0, 4.5), large_phantom=True,
     ),
     "gpu": Budget(
         5,
