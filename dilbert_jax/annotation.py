@@ -19,6 +19,7 @@ from dilbert_jax.clips import find_sector, place_on_canvas, select_evenly
 from dilbert_jax.examples import Example, lay_grid, pad_frames
 from dilbert_jax.experiment import ModelContext
 from dilbert_jax.knowledge import describe
+from dilbert_jax.labels import LabelSpace
 from dilbert_jax.media import Clip
 from dilbert_jax.models import Network
 from dilbert_jax.training.objectives import VISUAL, annotation_forward
@@ -69,6 +70,23 @@ def choose_threshold(probabilities: np.ndarray, targets: np.ndarray, min_positiv
     best = int(f1.argmax())
     following = sorted_probabilities[best + 1] if best + 1 < len(order) else 0.0
     return float(np.clip((sorted_probabilities[best] + following) / 2, 0.05, 0.95))
+
+
+def decide_findings(labels: LabelSpace, thresholds: Thresholds, probabilities: np.ndarray) -> np.ndarray:
+    """Which findings are present: bool [N, F] from probabilities [N, F].
+
+    Those that reach their threshold; of two that exclude each other the more probable.
+    """
+    index = {concept: i for i, concept in enumerate(labels.findings)}
+    excludes = np.zeros((len(index), len(index)), bool)
+    for first, second in labels.exclusive:
+        excludes[index[first], index[second]] = excludes[index[second], index[first]] = True
+    present = probabilities >= np.asarray([thresholds.finding(f) for f in labels.findings])
+    for row, ranked in zip(present, np.argsort(-probabilities, axis=1, kind="stable"), strict=True):
+        for finding in ranked:
+            if row[finding]:
+                row[excludes[finding]] = False
+    return present
 
 
 def build_visual(context: ModelContext, frames: np.ndarray) -> tuple[Example, np.ndarray]:
@@ -257,18 +275,19 @@ def compose(
 
     organ = _ranked(labels.organs, prediction["organ"], names)
     condition = _ranked(labels.conditions, prediction["condition"], names)
-    findings: list[dict[str, Any]] = []
-    for concept, probability in zip(labels.findings, prediction["findings"], strict=True):
-        threshold = thresholds.finding(concept)
-        findings.append(
-            {
-                "id": concept,
-                "name": names(concept),
-                "probability": round(float(probability), 4),
-                "threshold": round(threshold, 4),
-                "present": bool(probability >= threshold),
-            }
+    (decided,) = decide_findings(labels, thresholds, prediction["findings"][None])
+    findings: list[dict[str, Any]] = [
+        {
+            "id": concept,
+            "name": names(concept),
+            "probability": round(float(probability), 4),
+            "threshold": round(thresholds.finding(concept), 4),
+            "present": bool(present),
+        }
+        for concept, probability, present in zip(
+            labels.findings, prediction["findings"], decided, strict=True
         )
+    ]
     findings.sort(key=lambda f: -f["probability"])
 
     patch = context.spec.frames_per_step

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 import dilbert_jax
-from dilbert_jax.annotation import Thresholds, choose_threshold, compose, predict
+from dilbert_jax.annotation import Thresholds, choose_threshold, compose, decide_findings, predict
 from dilbert_jax.evaluation.metrics import (
     classification_report,
     majority_predictions,
@@ -271,9 +271,9 @@ def _decide(
         targets = output[f"batch/{head}"]
         if len(ids) > 1:
             add(head, ids, targets, output[head].argmax(-1), targets >= 0)
-    limits = np.asarray([thresholds.finding(f) for f in labels.findings])
     known = output["batch/findings_mask"]
-    add("findings", labels.findings, output["batch/findings"], output["findings"] >= limits, known)
+    decided = decide_findings(labels, thresholds, output["findings"])
+    add("findings", labels.findings, output["batch/findings"], decided, known)
     # An uncertain entity counts neither way: it is answered as it is labelled, absent.
     limits = np.asarray([thresholds.entity(e) for e in labels.entities])
     sure = output["batch/entities_mask"]

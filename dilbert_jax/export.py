@@ -217,6 +217,7 @@ def _describe(
             "findings": named(labels.findings),
             "entities": named(labels.entities),
             "regions": regions,
+            "exclusive_findings": [list(pair) for pair in labels.exclusive],
         },
         "thresholds": {
             "findings": {c: thresholds.finding(c) for c in labels.findings},

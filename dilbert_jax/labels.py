@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,8 @@ class LabelSpace:
       classes: findings, conditions and organs together, the classes of masked description classification (D9).
       regions: organ and tissue classes of masked organ classification.
       entities: candidates that annotation matches with regions and frames.
+      exclusive: pairs of findings that contradict each other and never came together in a training study. Others may
+        both hold: a clip can show two lesions.
     """
 
     organs: tuple[str, ...]
@@ -27,6 +30,7 @@ class LabelSpace:
     findings: tuple[str, ...]
     regions: tuple[str, ...]
     entities: tuple[str, ...]
+    exclusive: tuple[tuple[str, str], ...] = ()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -39,7 +43,8 @@ class LabelSpace:
     def load(cls, path: pathlib.Path) -> LabelSpace:
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{name: tuple(ids) for name, ids in fields.items()})
+            pairs = tuple((first, second) for first, second in fields.pop("exclusive", ()))
+            return cls(**{name: tuple(ids) for name, ids in fields.items()}, exclusive=pairs)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a label space ({error}); restore it or train again") from None
 
@@ -74,12 +79,19 @@ def build_label_space(
             )
         return tuple(sorted(present, key=rank.__getitem__))
 
-    organs = list(organs)
-    counts = collections.Counter(concept for study in entities for concept in set(study))
+    organs, held = list(organs), [set(study) for study in entities]
+    counts = collections.Counter(concept for study in held for concept in study)
+    found = order(f for study in findings for f in study)
     return LabelSpace(
         organs=order(organs),
         conditions=order(conditions),
-        findings=order(f for study in findings for f in study),
+        findings=found,
         regions=order([*regions, *organs]),
         entities=order(c for c, n in counts.items() if n >= min_count),
+        exclusive=tuple(
+            pair
+            for pair in itertools.combinations(found, 2)
+            if "contradicts" in graph.relation_types(*pair)
+            and not any(study.issuperset(pair) for study in held)
+        ),
     )

@@ -20,11 +20,13 @@ from dilbert_jax.annotation import (
     choose_threshold,
     compiled_probabilities,
     compose,
+    decide_findings,
     describe_source,
     predict,
     write_description,
 )
 from dilbert_jax.boxes import box_iou
+from dilbert_jax.labels import LabelSpace
 from dilbert_jax.media import Clip, read_clip
 
 
@@ -225,6 +227,34 @@ def test_thresholds_decide_what_is_present(experiment):
     assert findings["anechoic"]["threshold"] == 0.9 and not findings["anechoic"]["present"]
     assert findings["posterior_enhancement"]["present"]
     assert not {e["id"]: e for e in annotation["entities"]}["cyst"]["supported"]
+
+
+def test_of_findings_that_exclude_each_other_the_most_probable_is_present():
+    ids = ("a", "b", "c", "d")
+    labels = LabelSpace((), (), ids, (), (), exclusive=(("a", "b"), ("c", "b")))
+    probabilities = np.asarray(
+        [
+            [0.6, 0.7, 0.8, 0.1],  # c leaves no b, so that a stays
+            [0.6, 0.9, 0.8, 0.9],
+            [0.2, 0.3, 0.1, 0.9],
+            [0.6, 0.6, 0.1, 0.1],  # the first of equals
+        ]
+    )
+    decided = decide_findings(labels, Thresholds({"b": 0.25}, {}), probabilities)
+    wanted = ["ac", "bd", "bd", "a"]
+    assert ["".join(c for c, p in zip(ids, row, strict=True) if p) for row in decided] == wanted
+    free = decide_findings(LabelSpace((), (), ids, (), ()), Thresholds({}, {}), probabilities)
+    np.testing.assert_array_equal(free, probabilities >= 0.5)
+
+
+def test_an_annotation_holds_no_contradiction(experiment):
+    pair = experiment.context.labels.findings[:2]
+    for exclusive in ((), (pair,)):
+        labels = dataclasses.replace(experiment.context.labels, exclusive=exclusive)
+        context = dataclasses.replace(experiment.context, labels=labels)
+        findings = {f["id"]: f for f in make_annotation(context, FRAMES, pair)["findings"]}
+        assert [findings[f]["probability"] for f in pair] == [0.8, 0.8]
+        assert sum(findings[f]["present"] for f in pair) == 2 - len(exclusive)
 
 
 def test_the_text_says_what_both_heads_support_and_what_the_graph_allows(experiment):

@@ -169,6 +169,8 @@ def test_the_description_says_how_to_use_it(run, exported):
     for region in description["labels"]["regions"]:
         if region["entity"] is not None:
             assert context.labels.entities[region["entity"]] == region["id"]
+    pairs = description["labels"]["exclusive_findings"]
+    assert [tuple(pair) for pair in pairs] == list(context.labels.exclusive)
     assert description["thresholds"]["findings"][context.labels.findings[0]] == 0.25
     assert description["thresholds"]["findings"][context.labels.findings[1]] == 0.5
     assert description["versions"].keys() >= {"dilbert-jax", "jax", "jaxlib", "numpy"}

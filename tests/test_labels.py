@@ -1,5 +1,7 @@
 """Label spaces: order, rare entities, unknown ids, the file."""
 
+import json
+
 import pytest
 
 from dilbert_jax.knowledge import load_graph
@@ -60,6 +62,27 @@ def test_a_set_without_labels_has_empty_spaces():
     labels = build(organs=[""], conditions=[""], findings=[()], regions=[], entities=[])
     assert labels == LabelSpace((), (), (), (), ())
     assert labels.classes == ()
+
+
+def test_findings_that_contradict_each_other_and_never_come_together_exclude_each_other(tmp_path):
+    echo = [("anechoic",), ("hypoechoic",), ("hyperechoic", "posterior_shadowing")]
+    pairs = {("anechoic", "hypoechoic"), ("anechoic", "hyperechoic"), ("hypoechoic", "hyperechoic")}
+    labels = build(findings=echo, entities=echo)
+    assert {tuple(sorted(p)) for p in labels.exclusive} == {tuple(sorted(p)) for p in pairs}
+    labels.save(tmp_path / "labels.json")
+    assert LabelSpace.load(tmp_path / "labels.json") == labels
+    # Two lesions of a clip may differ, where training shows it; what other splits hold is not asked.
+    both = ("anechoic", "hypoechoic")
+    labels = build(findings=[*echo, both], entities=[*echo, (*both, "liver")])
+    assert {frozenset(p) for p in labels.exclusive} == {frozenset(p) for p in pairs} - {frozenset(both)}
+    assert len(build(findings=[*echo, both], entities=echo).exclusive) == 3
+
+
+def test_a_file_of_an_earlier_version_excludes_nothing(tmp_path):
+    labels = build()
+    fields = {name: ids for name, ids in vars(labels).items() if name != "exclusive"}
+    (tmp_path / "labels.json").write_text(json.dumps(fields), encoding="utf-8")
+    assert LabelSpace.load(tmp_path / "labels.json") == labels and labels.exclusive == ()
 
 
 def test_the_file_returns_the_same_space(tmp_path):
