@@ -87,14 +87,17 @@ def mask_report(
     available = np.flatnonzero(maskable)
     budget = max(1, round(rate * available.size)) if available.size else 0
     target_mask = np.zeros(encoded.token_ids.shape, bool)
+    missing = budget
     if len(first) and budget:
         for index in rng.permutation(np.asarray(first, np.int64)):
             span = np.flatnonzero((encoded.entity_index == index) & maskable)
-            if span.size <= budget - target_mask.sum():
+            if span.size <= missing:
                 target_mask[span] = True
-    rest = np.flatnonzero(maskable & ~target_mask)
-    missing = budget - int(target_mask.sum())
+                missing -= span.size
+            if not missing:
+                break
     if missing:
+        rest = np.flatnonzero(maskable & ~target_mask)
         target_mask[rng.choice(rest, missing, replace=False)] = True
     token_ids = encoded.token_ids.copy()
     positions = np.flatnonzero(target_mask)
