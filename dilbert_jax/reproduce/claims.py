@@ -230,7 +230,7 @@ CHANCE_NOTES = (
 CLIP_NOTES = (
     "Macro F1 of DILBERT's student minus that of the other, from the answers of all runs together: it sees what tests "
     "over few seeds cannot. Interval: bootstrap over patients (groups); p: answers swapped at random between the two "
-    "within a patient, Holm-adjusted over the systems. What another initialisation would give is not in it."
+    "within a patient; Holm-adjusted over the systems beside it. What another initialisation would give is not in it."
 )
 ClipCounts = tuple[list[str], np.ndarray, np.ndarray]
 

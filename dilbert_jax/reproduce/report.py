@@ -255,10 +255,10 @@ def to_markdown(content: Mapping[str, Any]) -> str:
     lines += [f"| {r['dataset']} | {r['system']} | {' | '.join(r['cells'])} |" for r in rows]
     if content["clip_by_clip"]:
         lines += ["", "## Clip by clip", "", judged.CLIP_NOTES, ""]
-        lines += ["| set | head | against | runs | patients | difference | p |", "|---" * 7 + "|"]
+        lines += ["| set | head | against | runs | patients | difference | p | p (Holm) |", "|---" * 8 + "|"]
         lines += [
             f"| {r['dataset']} | {r['head']} | {r['system']} | {r['runs']} | {r['groups']} | {_clip_text(r)} | "
-            f"{r['p_holm']:.3f} |"
+            f"{r['p']:.3f} | {r['p_holm']:.3f} |"
             for r in content["clip_by_clip"]
         ]
     if content["figures"]:
