@@ -404,6 +404,35 @@ def test_the_seventh_system_trains_as_documented(two_tower, tmp_path, monkeypatc
     assert run.train_and_report(config, tmp_path / "run").exists()
 
 
+WORKER = """
+import pathlib, sys, time
+folder, status = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+(folder / "at").write_text(str(time.monotonic()))
+time.sleep(0.3)
+(folder / "until").write_text(str(time.monotonic()))
+sys.exit(status)
+"""
+
+
+def test_cells_run_side_by_side_and_one_that_fails_stops_no_other(tmp_path, monkeypatch):
+    todo = [Cell("phantom", "bert", "3L8H", seed) for seed in range(5)]
+
+    def start(cell, share, budget, output):
+        folder = cells.workdir_of(cell, output)
+        folder.mkdir(parents=True)
+        return subprocess.Popen([sys.executable, "-c", WORKER, folder, "1" if cell.seed == 1 else "0"])
+
+    monkeypatch.setattr(command, "_start", start)
+    with pytest.raises(ValueError, match=r"1 of 5 cells failed.*bert/3L8H/1/log\.txt"):
+        command.run_side_by_side(todo, 2, "smoke", tmp_path)
+    spans = []
+    for cell in todo:
+        folder = cells.workdir_of(cell, tmp_path)
+        spans.append([float((folder / name).read_text()) for name in ("at", "until")])
+    at_once = [sum(a <= moment < b for a, b in spans) for moment, _ in spans]
+    assert max(at_once) == 2
+
+
 # -- the real thing --------------------------------------------------------------------------------------------
 
 

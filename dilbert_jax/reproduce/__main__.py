@@ -97,7 +97,7 @@ def run_side_by_side(cells: Sequence[Cell], jobs: int, budget: str, output: path
         raise
     if failed:
         logs = ", ".join(str(_log_of(cell, output)) for cell in failed)
-        raise ValueError(f"{len(failed)} cells failed; see the end of {logs}")
+        raise ValueError(f"{len(failed)} of {len(cells)} cells failed; see the end of {logs}")
 
 
 def _log_of(cell: Cell, output: pathlib.Path) -> pathlib.Path:
