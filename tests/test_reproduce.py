@@ -342,7 +342,7 @@ def test_the_sweep_never_sees_test_clips_and_keeps_the_best_rate(tmp_path, capsy
     assert command.main(options) == 0
     content = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))
     assert content["kept"] == {"bert": 2e-3, "dilbert": 1e-3}
-    assert "| BERT | 0.400 | 0.400 | 0.500 | 0.002 |" in (tmp_path / "sweep.md").read_text(encoding="utf-8")
+    assert "| BERT | 0.400 | 0.500 | 0.002 |" in (tmp_path / "sweep.md").read_text(encoding="utf-8")
 
 
 # -- a seventh system ------------------------------------------------------------------------------------------
@@ -402,6 +402,28 @@ def test_the_seventh_system_trains_as_documented(two_tower, tmp_path, monkeypatc
     config = tiny_run_config(data_dir=str(tmp_path / "data"))
     config.update_from_flattened_dict(overrides())
     assert run.train_and_report(config, tmp_path / "run").exists()
+
+
+def test_a_cell_of_another_version_is_refused(finished):
+    cell = planned()[0]
+    made = cells.read_cell(cell, finished, "cpu")
+    assert made is not None
+    path = cells.workdir_of(cell, finished) / "cell.json"
+    for section, field, value in (("optimizer", "learning_rate", 0.7), ("model", "channels", [1, 2])):
+        changed = {**made, "config": {**made["config"], section: {field: value}}}
+        path.write_text(json.dumps(changed), encoding="utf-8")
+        with pytest.raises(
+            ValueError, match=rf"cell\.json: phantom/\S+ was made with {section}\.{field} = .*--output"
+        ):
+            cells.read_cell(cell, finished, "cpu")
+    # A field that this version no longer has, or did not have yet, says nothing against it.
+    path.write_text(json.dumps({**made, "config": {"model": {"gone": 1}, "seed": 0}}), encoding="utf-8")
+    assert cells.read_cell(cell, finished, "cpu") is not None
+    shared = finished / "published.json"
+    other = {**made, "config": {"seed": 3}}
+    shared.write_text(json.dumps({"budget": "cpu", "cells": [other]}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"published\.json: .* made with seed = 3"):
+        cells.reuse_records(shared, finished, "cpu")
 
 
 WORKER = """

@@ -136,7 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cells", help="run these cells alone, comma-separated, e.g. phantom/dilbert/3L8H/0; no report"
     )
-    parser.add_argument("--sweep", action="store_true", help="instead: every system at three learning rates")
+    parser.add_argument(
+        "--sweep", action="store_true", help="instead: every system at several learning rates"
+    )
     parser.add_argument(
         "--reuse",
         type=pathlib.Path,

@@ -7,7 +7,7 @@ import logging
 import pathlib
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -69,7 +69,7 @@ def read_cell(cell: Cell, output: pathlib.Path, budget: str) -> dict[str, Any] |
     """What a finished cell left, or None.
 
     Raises:
-      ValueError: the folder holds a cell of another budget.
+      ValueError: the folder holds a cell of another budget, or of another version's configuration.
     """
     path = workdir_of(cell, output) / "cell.json"
     if not path.exists():
@@ -82,7 +82,23 @@ def read_cell(cell: Cell, output: pathlib.Path, budget: str) -> dict[str, Any] |
         raise ValueError(
             f"{path}: field 'budget' is {record['budget']!r}, not {budget!r}; name another --output"
         )
+    _check_config(record, cell, budget, str(path))
     return record
+
+
+def _check_config(record: Mapping[str, Any], cell: Cell, budget: str, source: str) -> None:
+    """Raises `ValueError` where a record was made with other settings than this version's. New fields do not count."""
+    today = json.loads(cell_config(cell, budget).to_json_best_effort())
+    for section, saved in record["config"].items():
+        fields = saved.items() if isinstance(saved, dict) else [(None, saved)]
+        for field, value in fields:
+            now = today.get(section) if field is None else today.get(section, {}).get(field, value)
+            if now != value:
+                name = section if field is None else f"{section}.{field}"
+                raise ValueError(
+                    f"{source}: {cell.name} was made with {name} = {value!r}, where budget {budget!r} now has {now!r}; "
+                    "name another --output"
+                )
 
 
 def commit() -> str:
@@ -153,7 +169,7 @@ def reuse_records(path: pathlib.Path, output: pathlib.Path, budget: str) -> int:
     """Puts the finished cells of another reproduction.json below `output`, and returns how many were new.
 
     Raises:
-      ValueError: no such file, or one of another budget.
+      ValueError: no such file, or one of another budget or version.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -163,7 +179,9 @@ def reuse_records(path: pathlib.Path, output: pathlib.Path, budget: str) -> int:
         raise ValueError(f"{path}: field 'budget' is {content.get('budget')!r}, not {budget!r}")
     count = 0
     for record in content["cells"]:
-        folder = workdir_of(parse_cell(record["cell"]), output)
+        cell = parse_cell(record["cell"])
+        _check_config(record, cell, budget, str(path))
+        folder = workdir_of(cell, output)
         if not (folder / "cell.json").exists():
             _write_record(record, folder)
             count += 1

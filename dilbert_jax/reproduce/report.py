@@ -78,7 +78,7 @@ def write_report(
 
 
 def write_sweep(cells: Sequence[Cell], budget: str, output: pathlib.Path, command: str) -> pathlib.Path:
-    """Writes sweep.md and sweep.json: macro F1 of condition and findings on validation clips, by system and rate.
+    """Writes sweep.md and sweep.json: macro F1 on validation clips, by system and rate.
 
     Raises:
       ValueError: a cell is not finished.
@@ -91,8 +91,9 @@ def write_sweep(cells: Sequence[Cell], budget: str, output: pathlib.Path, comman
         assert cell.rate is not None
         score = None
         if "diverged" not in record:
-            heads = record["evaluation"]["networks"]["student"]["annotation"]
-            score = sum(heads[h]["macro"]["f1"]["value"] for h in SWEPT_HEADS) / len(SWEPT_HEADS)
+            networks = record["evaluation"]["networks"].values()
+            figures = [n["annotation"][h]["macro"]["f1"]["value"] for n in networks for h in SWEPT_HEADS]
+            score = sum(figures) / len(figures)
         table.setdefault(cell.system, {})[cell.rate] = score
     chosen = {s: max(scores, key=lambda r: (scores[r] or 0.0, -r)) for s, scores in table.items()}
     rates = sorted({cell.rate for cell in cells if cell.rate is not None})
@@ -100,8 +101,8 @@ def write_sweep(cells: Sequence[Cell], budget: str, output: pathlib.Path, comman
         f"# Learning rates by system (budget `{budget}`)",
         "",
         f"`{command}`, commit {commit() or 'unknown'}: every system once at each rate, the same budget.",
-        "Mean of the macro F1 of condition and findings of the student on validation clips (one seed, which no table",
-        "uses); the best is kept.",
+        "Mean of the macro F1 of condition and findings on validation clips, over a system's networks (one seed, which",
+        "no table uses); the best is kept.",
         "",
         "| system | " + " | ".join(f"{rate:g}" for rate in rates) + " | kept |",
         "|---" * (len(rates) + 2) + "|",
