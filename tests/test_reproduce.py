@@ -342,7 +342,7 @@ def test_the_sweep_never_sees_test_clips_and_keeps_the_best_rate(tmp_path, capsy
     assert command.main(options) == 0
     content = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))
     assert content["kept"] == {"bert": 2e-3, "dilbert": 1e-3}
-    assert "| BERT | 0.400 | 0.500 | 0.002 |" in (tmp_path / "sweep.md").read_text(encoding="utf-8")
+    assert "| BERT | 0.400 | 0.400 | 0.500 | 0.002 |" in (tmp_path / "sweep.md").read_text(encoding="utf-8")
 
 
 # -- a seventh system ------------------------------------------------------------------------------------------
