@@ -56,10 +56,9 @@ def forward(params, batch):
     return _pretraining_forward(MODEL, params, batch, None)
 
 
-def two_pass_gradient(params, peer, snapshot, batch, config):
-    """Equation (13) of one network, written out; what the others say is computed before and fixed."""
-    peer_logits, peer_encoded = jax.tree.map(np.asarray, forward(peer, batch))
-    frozen_logits, _ = jax.tree.map(np.asarray, forward(snapshot, batch))
+@functools.partial(jax.jit, static_argnums=5)
+def written_out(params, peer, snapshot, peer_fused, batch, config):
+    """Value and gradient of equation (13) of one network; what the others say comes fixed."""
     masks = objectives.task_masks(batch, config)
 
     def divergence(logits, targets, temperature):
@@ -69,18 +68,24 @@ def two_pass_gradient(params, peer, snapshot, batch, config):
             total += compare(logits[task], targets[task], temperature=temperature, mask=masks[task])
         return total
 
-    @jax.jit
     def loss(params):
-        logits, encoded = objectives.pretraining_forward(MODEL, params, batch, None)
+        logits, encoded = _pretraining_forward(MODEL, params, batch, None)
         supervised = objectives.task_losses(logits, batch, masks, config)
         cross_entropy = sum(getattr(config, task) * value for task, value in supervised.items())
-        mutual = relational.relational_loss(encoded.fused, peer_encoded.fused, beta1=config.beta1)
-        mutual += config.beta2 * divergence(logits, peer_logits, 1.0)
-        own = divergence(logits, frozen_logits, config.temperature)
+        mutual = relational.relational_loss(encoded.fused, peer_fused, beta1=config.beta1)
+        mutual += config.beta2 * divergence(logits, peer, 1.0)
+        own = divergence(logits, snapshot, config.temperature)
         own *= config.temperature**2 if config.scale_by_square else 1.0
         return config.alpha * cross_entropy + config.beta * mutual + config.gamma * own
 
     return jax.value_and_grad(loss)(params)
+
+
+def two_pass_gradient(params, peer, snapshot, batch, config):
+    """What peer and snapshot say is computed before, by itself."""
+    peer_logits, peer_encoded = jax.tree.map(np.asarray, forward(peer, batch))
+    frozen_logits, _ = jax.tree.map(np.asarray, forward(snapshot, batch))
+    return written_out(params, peer_logits, frozen_logits, peer_encoded.fused, batch, config)
 
 
 def assert_close(ours, theirs, tolerance):
@@ -269,9 +274,10 @@ def test_relations_within_micro_batches_are_another_loss():
     objective = functools.partial(objectives.mutual_objective, MODEL, LOSS)
     how = objectives.mutual_accumulation(MODEL, LOSS, 2, relate=False)
     (_, parts), _ = jax.jit(functools.partial(accumulate, objective, how))(networks, networks, batch, RNG)
+    terms = jax.jit(lambda b: objective(networks, networks, b, RNG)[1])
     halves = [{name: x[i::2] for name, x in batch.items()} for i in range(2)]
-    mean = np.mean([objective(networks, networks, half, RNG)[1]["student/angle"] for half in halves])
+    mean = np.mean([terms(half)["student/angle"] for half in halves])
     np.testing.assert_allclose(parts["student/angle"], mean, rtol=1e-5)
-    whole = objective(networks, networks, batch, RNG)[1]
+    whole = terms(batch)
     assert abs(float(parts["student/angle"]) - float(whole["student/angle"])) > 1e-4
     np.testing.assert_allclose(parts["student/mlm"], whole["student/mlm"], rtol=1e-5)
