@@ -14,7 +14,7 @@ from dilbert_jax.config import default_config
 # Name -> the fields that differ from "full".
 VARIANTS = {
     "full": {},
-    "without_graph_masking": {"data.guided_masking": False},
+    "without_graph_masking": {"data.guided_masking": 0.0},
     "without_relations": {"loss.relational_layer": "none"},
     "without_angle": {"loss.beta1": 0.0},
     "without_response": {"loss.beta2": 0.0},

@@ -54,7 +54,7 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     data.vocab_file = ""  # a BERT vocab.txt; "" = train WordPiece on the training reports
     data.graph_file = ""  # extension of the knowledge graph
     data.min_entity_count = 3
-    data.guided_masking = True  # masked words are chosen by the knowledge graph (D8)
+    data.guided_masking = 1.0  # share of examples whose masked words the knowledge graph chooses (D8)
     data.leak_iou = 0.4  # regions that overlap a masked one by more are masked too (D10); 1 = none
     data.any_mismatch = (
         False  # True: a mismatched report may be the same patient's or have the same text (D11)
@@ -228,6 +228,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     need(0 <= model.dropout < 1, "model.dropout", "must lie in [0, 1)")
     need(model.tnt_mode in ("stack", "add_resized"), "model.tnt_mode", "choose 'stack' or 'add_resized'")
     need(model.dtype in ("float32", "bfloat16"), "model.dtype", "choose 'float32' or 'bfloat16'")
+    need(0 <= data.guided_masking <= 1, "data.guided_masking", "a share of the examples: must lie in [0, 1]")
     need(0 <= data.report_dropout < 1, "data.report_dropout", "must lie in [0, 1)")
     need(0 <= config.optimizer.warmup_fraction <= 1, "optimizer.warmup_fraction", "must lie in [0, 1]")
     layers = ("fused", "description", "entity", "region", "none")

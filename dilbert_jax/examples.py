@@ -39,7 +39,7 @@ class InputSpec:
       grid_steps: how many times across the clip the grid is laid.
       max_annotated_regions: most annotated boxes a clip contributes in pre-training.
       max_tokens: report length in word pieces.
-      guided: knowledge-graph-guided masking (D8).
+      guided_masking: share of pre-training examples whose masked words the knowledge graph chooses (D8).
       leak_iou: a region that overlaps a zeroed one by more than this IoU is zeroed too (D10).
       any_mismatch: another's report may be of the same patient or have the same text (D11).
       shuffle: the description tokens of half of the pre-training examples are shuffled (D9).
@@ -54,7 +54,7 @@ class InputSpec:
     grid_steps: int
     max_annotated_regions: int
     max_tokens: int
-    guided: bool = True
+    guided_masking: float = 1.0
     leak_iou: float = 0.4
     any_mismatch: bool = False
     shuffle: bool = False
@@ -236,7 +236,7 @@ class ExampleBuilder:
 
         Half of the reports are replaced by another patient's with another text (D11); `matched` says which.
         All randomness comes from `rng`; without `train` frames are evenly sampled and not augmented. `guided`: the
-        graph chooses the masked words; None = as the specification says.
+        graph chooses the masked words; None = in the share of the examples that the specification says.
         """
         spec = self.spec
         example, _ = self._visual(index, rng if train else None, annotated=True)
@@ -245,7 +245,9 @@ class ExampleBuilder:
         hidden = train and rng.random() < spec.report_dropout
         partner = self._mismatched(index, rng) if not hidden and rng.random() < 0.5 else index
         report = self._blank if hidden else self.reports[partner]
-        guided = spec.guided if guided is None else guided
+        if guided is None:
+            share = spec.guided_masking
+            guided = share == 1 or (share > 0 and rng.random() < share)  # all or none asks no chance
         first = self._related[partner] if guided and not hidden else ()
         masked = mask_report(report, rng, self.tokenizer, rate=MASK_RATE, first=first)
         found = np.flatnonzero(masked.target_mask)[: spec.max_masked_tokens]

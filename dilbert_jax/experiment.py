@@ -89,7 +89,7 @@ def make_context(
         grid_steps=data.grid_steps,
         max_annotated_regions=data.max_annotated_regions,
         max_tokens=data.max_tokens,
-        guided=data.guided_masking,
+        guided_masking=data.guided_masking,
         leak_iou=data.leak_iou,
         any_mismatch=data.any_mismatch,
         shuffle=config.loss.order > 0,

@@ -187,6 +187,28 @@ def test_word_piece_targets_are_the_original_pieces(builder):
         assert not e["token_types"][positions].any()
 
 
+def test_the_graph_chooses_the_masked_words_in_its_share_of_the_examples():
+    def related_share(guided_masking, **arguments):
+        """Share of the masked pieces that belong to a related entity."""
+        builder = make_builder(guided_masking=guided_masking)
+        texts = {tuple(r.token_ids.tolist()): i for i, r in enumerate(builder.reports)}
+        related, total = 0, 0
+        for index, seed in itertools.product((0, 1, 2), range(80)):
+            example = builder.pretraining(index, np.random.default_rng(seed), **arguments)
+            shown = example["token_ids"].copy()
+            positions = example["mlm_positions"][example["mlm_mask"]]
+            shown[positions] = example["mlm_targets"][example["mlm_mask"]]
+            report = texts[tuple(shown.tolist())]
+            belongs = np.isin(builder.reports[report].entity_index[positions], builder._related[report])
+            related, total = related + belongs.sum(), total + len(positions)
+        return related / total
+
+    never, half, always = related_share(0.0), related_share(0.5), related_share(1.0)
+    assert never + 0.2 < always
+    assert abs(half - (never + always) / 2) < 0.1 * (always - never)
+    assert related_share(0.0, guided=True) == always and related_share(0.5, guided=False) == never
+
+
 def test_half_of_the_reports_belong_to_another_patient_with_another_text(builder):
     by_ids = {
         tuple(r.token_ids.tolist()): s.report

@@ -150,8 +150,15 @@ def test_the_plan_is_printed_with_its_time_before_anything_runs(finished, capsys
     missing.unlink()
     assert command.main(["--budget=cpu", "--plan", f"--output={finished}"]) == 0
     text = capsys.readouterr().out
-    assert f"{len(planned())} cells, {len(planned()) - 1} finished" in text and "minutes left" in text
+    assert f"{len(planned())} cells, {len(planned()) - 1} finished" in text and "about 7 minutes left" in text
     assert "phantom/bert/matched/0" in text
+
+
+def test_the_plan_says_less_time_where_cells_run_side_by_side(tmp_path, capsys):
+    arguments = ["--budget=cpu", "--tables=none", "--figures=7", "--seeds=4", "--plan"]
+    for jobs, minutes in ((1, 44), (2, 22), (8, 11)):
+        assert command.main([*arguments, f"--output={tmp_path}", f"--jobs={jobs}"]) == 0
+        assert f"about {minutes} minutes left" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("budget", grid.BUDGETS)

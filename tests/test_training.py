@@ -99,6 +99,7 @@ def test_an_unknown_saved_field_is_refused(tmp_path, section, field, named):
         ("data.num_frames", 5),
         ("data.size", 30),
         ("data.folds", 2),
+        ("data.guided_masking", 1.5),
         ("model.num_heads", 5),
         ("train.batch_size", 1),
         ("train.mutual_epochs", 0.0),

@@ -53,10 +53,10 @@ def _shard(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def print_plan(cells: Sequence[Cell], budget: str, output: pathlib.Path) -> None:
-    """What will be run, and about how long it takes."""
+def print_plan(cells: Sequence[Cell], budget: str, output: pathlib.Path, jobs: int = 1) -> None:
+    """What will be run, and about how long it takes with so many cells at a time."""
     todo = [cell for cell in cells if read_cell(cell, output, budget) is None]
-    minutes = expected_minutes(todo, budget)
+    minutes = expected_minutes(todo, budget) / max(min(jobs, len(todo)), 1)
     print(
         f"{len(cells)} cells, {len(cells) - len(todo)} finished; about {minutes:.0f} minutes left (budget {budget}):"
     )
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted = part_of(wanted, number - 1, count, args.budget)
         if args.reuse:
             print(f"{reuse_records(args.reuse, args.output, args.budget)} cells taken from {args.reuse}")
-        print_plan(wanted, args.budget, args.output)
+        print_plan(wanted, args.budget, args.output, args.jobs)
         if args.plan:
             return 0
         if args.jobs > 1 and not args.report:
