@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +27,7 @@ from dilbert_jax.models.network import Network, NetworkConfig, frames_per_step
 from dilbert_jax.training.objectives import LossConfig
 
 MAX_NAME_PIECES = 8
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +186,7 @@ def open_experiment(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
     )
     indices = _split(store, data)
     tokenizer = _open_tokenizer(config, workdir, [store.studies[i].report for i in indices["train"]])
+    _warn_of_untaught_classes(store, indices["train"], data.name)
     if (workdir / "labels.json").exists():
         labels = LabelSpace.load(workdir / "labels.json")
     else:
@@ -245,6 +248,21 @@ def _split(store: ClipStore, data: ml_collections.ConfigDict) -> dict[str, np.nd
         name: np.asarray([i for i, s in enumerate(studies) if s.split == name], np.int64)
         for name in splits.SPLITS
     }
+
+
+def _warn_of_untaught_classes(store: ClipStore, training: np.ndarray, name: str) -> None:
+    """Tells of organs and conditions that validation or test studies have and no training study has."""
+    for field in ("organ", "condition"):
+        known = {getattr(study, field) for study in store.studies} - {""}
+        untaught = known - {getattr(store.studies[i], field) for i in training}
+        if untaught:
+            _log.warning(
+                "%s: no training study has the %s %s, which others have: no network can learn it; "
+                "with data.folds every study serves in turn",
+                name,
+                field,
+                ", ".join(sorted(untaught)),
+            )
 
 
 def _open_tokenizer(

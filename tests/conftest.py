@@ -19,6 +19,12 @@ import numpy as np
 import pytest
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps compiled programs beside pytest's own cache: many tests compile the same ones, and so does the next run."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("compilation")))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
 def _folder_from_environment(variable: str) -> Path:
     value = os.environ.get(variable)
     if not value:

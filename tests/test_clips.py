@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+import source_folders
 from small_export import make_small_export
 from tiny import tiny_run_config
 
@@ -216,3 +217,13 @@ def test_corrected_reports_and_labels_reach_the_next_run(tmp_path):
     assert {s.study_id: s for s in before.studies if s.study_id != "study00"} == {
         name: study for name, study in by_id.items() if name != "study00"
     }
+
+
+def test_classes_that_no_training_study_has_are_named(tmp_path, caplog):
+    source_folders.make_usss(tmp_path / "usss")
+    config = tiny_run_config(
+        name="usss", manual_dir=str(tmp_path / "usss"), data_dir=str(tmp_path / "prepared")
+    )
+    open_experiment(config, tmp_path / "run")
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warning.startswith("usss: no training study has the organ liver, ") and "data.folds" in warning

@@ -309,6 +309,20 @@ def test_a_published_report_stands_in_for_its_cells(finished, tmp_path, capsys):
     assert "field 'budget' is 'cpu', not 'smoke'" in capsys.readouterr().err
 
 
+def test_what_was_said_of_each_patient_stays_out_of_the_report(finished, tmp_path):
+    for path in finished.rglob("cell.json"):
+        kept = json.loads(path.read_text("utf-8"))
+        kept["evaluation"]["synthetic_data"] = False
+        path.write_text(json.dumps(kept), "utf-8")
+    assert command.main(["--budget=cpu", "--figures=none", "--report", f"--output={finished}"]) == 0
+    content = json.loads((finished / "reproduction.json").read_text("utf-8"))
+    assert content["clip_by_clip"] and not any("decisions" in cell for cell in content["cells"])
+    other = [f"--output={tmp_path / 'other'}", f"--reuse={finished}/reproduction.json"]
+    assert command.main(["--budget=cpu", "--figures=none", "--report", *other]) == 0
+    again = json.loads((tmp_path / "other" / "reproduction.json").read_text("utf-8"))
+    assert again["tables"] == content["tables"] and again["clip_by_clip"] == []
+
+
 def test_an_unfinished_grid_and_a_diverged_cell_are_named(finished):
     plan = planned()
     (cells.workdir_of(plan[0], finished) / "cell.json").unlink()

@@ -258,8 +258,9 @@ def compare_clips(results: Results, datasets: Sequence[str], systems: Sequence[s
 def _paired_counts(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], network: str, head: str
 ) -> ClipCounts | None:
-    """Groups, and the counts [N, C, 3] of both over the clips of a seed; None where there is no such head."""
-    first, second = ours["decisions"]["student"].get(head), theirs["decisions"][network].get(head)
+    """Groups, and the counts [N, C, 3] of both over the clips of a seed; None where a record has no such answers."""
+    first = ours.get("decisions", {}).get("student", {}).get(head)
+    second = theirs.get("decisions", {}).get(network, {}).get(head)
     if first is None or second is None:
         return None
     if any(first[name] != second[name] for name in ("class_ids", "groups", "targets")):

@@ -55,7 +55,7 @@ def write_report(
         "claims": judged.judge_claims(results, datasets, systems),
         "above_chance": judged.beats_chance(results, datasets, systems),
         "clip_by_clip": judged.compare_clips(results, datasets, systems),
-        "cells": list(found.values()),
+        "cells": [_publishable(record) for record in found.values()],
     }
     drawn: list[dict[str, Any]] = []
     if figures:
@@ -75,6 +75,12 @@ def write_report(
     path = output / "reproduction.html"
     _write_page(content, drawn, path)
     return path
+
+
+def _publishable(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without the answers clip by clip, which hold patients' diagnoses, unless all patients are simulated."""
+    simulated = record.get("evaluation", {}).get("synthetic_data", False)
+    return record if simulated else {k: v for k, v in record.items() if k != "decisions"}
 
 
 def write_sweep(cells: Sequence[Cell], budget: str, output: pathlib.Path, command: str) -> pathlib.Path:
