@@ -88,17 +88,22 @@ def read_program(text: str) -> Program:
         if (found := _CYCLES.search(line))
     )
     # One exchange appears in several fusions: where it starts, where it goes on beside other work, where it ends.
-    exchanges: dict[str, Collective] = {}
+    exchanges: dict[tuple[str, str], Collective] = {}
     for name, count in everywhere.items():
         for line in computations[name]:
             found = _COLLECTIVE.search(line)
             if found:
                 shape, kind, starts, channel = found.groups()
                 # An all-reduce that starts names its results alone.
-                size = _size(shape, bool(starts) and kind != "all-reduce")
-                sent = _sent(kind, size, _group_size(line))
-                if channel not in exchanges or exchanges[channel].bytes < sent * count:
-                    exchanges[channel] = Collective(kind, sent * count, count)
+                size: float = _size(shape, bool(starts) and kind != "all-reduce")
+                group = _group_size(line)
+                if name.startswith("all-reduce-scatter"):
+                    # It reads as an all-reduce of which each chip keeps its part. They all have the same channel.
+                    kind, size, channel = "reduce-scatter", size / group, name
+                sent = _sent(kind, size, group)
+                key = kind, channel
+                if key not in exchanges or exchanges[key].bytes < sent * count:
+                    exchanges[key] = Collective(kind, sent * count, count)
     return Program(float(cycles), tuple(exchanges.values()))
 
 
@@ -135,7 +140,7 @@ def _group_size(line: str) -> int:
     return 2  # a permutation names pairs
 
 
-def _sent(kind: str, size: int, group: int) -> float:
+def _sent(kind: str, size: float, group: int) -> float:
     """Bytes that a chip sends, in the schemes that use every link equally.
 
     Args:

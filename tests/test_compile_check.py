@@ -70,6 +70,16 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
   %all-gather.8 = bf16[128,64]{1,0} all-gather(%p), channel_id=3, replica_groups=mesh['x'=2,'y'=16], {'y'}
 }
 
+%all-reduce-scatter.1.clone (p: bf16[64,32]) -> bf16[4,32] {
+  %all-reduce.5 = bf16[64,32]{1,0} all-reduce(%p), channel_id=1, replica_groups=[2,16]<=[32], to_apply=%sum
+  ROOT %own.5 = bf16[4,32]{1,0} dynamic-slice(%all-reduce.5, %start, %zero)
+}
+
+%all-reduce-scatter.2 (p: bf16[32,32]) -> bf16[2,32] {
+  %all-reduce.6 = bf16[32,32]{1,0} all-reduce(%p), channel_id=1, replica_groups=[2,16]<=[32], to_apply=%sum
+  ROOT %own.6 = bf16[2,32]{1,0} dynamic-slice(%all-reduce.6, %start, %zero)
+}
+
 %condition (s: (s32[], f32[4])) -> pred[] {
   %bound = s32[]{:T(128)} constant(12)
   ROOT %lt = pred[] compare(%i, %bound), direction=LT
@@ -78,11 +88,13 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
 %body (s: (s32[], f32[4])) -> (s32[], f32[4]) {
   %start = bf16[128,64] fusion(%x), kind=kCustom, calls=%fused, backend_config={"estimated_cycles":"100"}
   %done = bf16[128,64] fusion(%start), kind=kCustom, calls=%fused.again, backend_config={"estimated_cycles":"10"}
+  %share = bf16[4,32] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1.clone
 }
 
 ENTRY %main (q: f32[4]) -> f32[4] {
   %loop = (s32[], f32[4]) while(%t), condition=%condition, body=%body
   %all-reduce.1 = (f32[1000]{0}, f32[24]{0}) all-reduce(%g), channel_id=9, replica_groups=[2,16]<=[32], to_apply=%sum
+  %part = bf16[2,32] fusion(%g), kind=kCustom, calls=%all-reduce-scatter.2
   %go = (bf16[16,768]{1,0}, bf16[16,768]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%g), channel_id=11
   ROOT %r = f32[4] fusion(%loop), kind=kLoop, calls=%sum, backend_config={"estimated_cycles":"5"}
 }
@@ -92,11 +104,16 @@ ENTRY %main (q: f32[4]) -> f32[4] {
 def test_a_program_counts_loops_and_each_exchange_once():
     program = read_program(PROGRAM)
     assert program.cycles == 12 * 110 + 5
-    gather, reduce, permute = sorted(program.collectives, key=lambda c: c.kind)
+    gather, reduce, permute, *scatters = sorted(program.collectives, key=lambda c: (c.kind, -c.count))
     assert (gather.kind, gather.count) == ("all-gather", 12)
     assert gather.bytes == 12 * (128 * 64 * 2) * 15 / 16
     assert (reduce.kind, reduce.count, reduce.bytes) == ("all-reduce", 1, 2 * 15 / 16 * 4 * 1024)
     assert (permute.kind, permute.count, permute.bytes) == ("collective-permute", 1, 16 * 768 * 2)
+    # A reduction that leaves each chip its part sends half of an all-reduce; all of them have one channel.
+    assert [(c.kind, c.count, c.bytes) for c in scatters] == [
+        ("reduce-scatter", 12, 12 * 15 / 16 * 64 * 32 * 2),
+        ("reduce-scatter", 1, 15 / 16 * 32 * 32 * 2),
+    ]
     assert read_program(PROGRAM.replace("%bound = s32", "%bound = u32")).cycles == program.cycles
 
 
