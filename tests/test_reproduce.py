@@ -257,6 +257,7 @@ def test_the_report_is_written_as_page_markdown_and_json(finished):
         assert "Synthetic data" in text and "Table VII" in text and "rerun phantom/hero/matched/2" in text
         assert "paper's own figures are not in the text" in text.replace("&#39;", "'")
     assert re.search(r"DILBERT student \| 3L8H \| 3 \| \*\*0\.8", markdown)
+    assert "p < 0.001" in markdown and "p &lt; 0.001" in page and "p = 0.000" not in markdown
 
 
 def test_clips_are_compared_patient_by_patient(finished):

@@ -189,7 +189,14 @@ def _difference(name: str, pair: Mapping[str, Any] | None) -> str:
     text = f"{name}: {pair['value']:+.3f}"
     if pair["low"] is not None:
         text += f" [{pair['low']:+.3f}, {pair['high']:+.3f}]"
-    return text + (f", p = {pair['p']:.3f}" if pair["p"] is not None else "") + f", n = {pair['n']}"
+    if pair["p"] is not None:
+        p = _probability(pair["p"])
+        text += f", p {p}" if p.startswith("<") else f", p = {p}"
+    return text + f", n = {pair['n']}"
+
+
+def _probability(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _clip_text(row: Mapping[str, Any]) -> str:
@@ -265,7 +272,7 @@ def to_markdown(content: Mapping[str, Any]) -> str:
         lines += ["| set | head | against | runs | patients | difference | p | p (Holm) |", "|---" * 8 + "|"]
         lines += [
             f"| {r['dataset']} | {r['head']} | {r['system']} | {r['runs']} | {r['groups']} | {_clip_text(r)} | "
-            f"{r['p']:.3f} | {r['p_holm']:.3f} |"
+            f"{_probability(r['p'])} | {_probability(r['p_holm'])} |"
             for r in content["clip_by_clip"]
         ]
     if content["figures"]:
@@ -328,6 +335,9 @@ def _write_page(content: Mapping[str, Any], drawn: Sequence[Mapping[str, Any]], 
         figures=[{**f, **figure_image(f["png"])} for f in drawn],
         chance_notes=judged.CHANCE_NOTES,
         clip_notes=judged.CLIP_NOTES,
-        clip_rows=[{**row, "text": _clip_text(row)} for row in content["clip_by_clip"]],
+        clip_rows=[
+            {**row, "text": _clip_text(row), **{name: _probability(row[name]) for name in ("p", "p_holm")}}
+            for row in content["clip_by_clip"]
+        ],
         cells=provenance,
     )
