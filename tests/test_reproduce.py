@@ -54,12 +54,15 @@ def evaluation(value, chance=0.2, seed=0):
         "baseline": {"majority": heads(chance)},
         "synthetic_data": True,
         "synthetic_reports": 3,
-        "dataset": "phantom",
+        "dataset": "phantom/large",
         "device": "cpu",
         "versions": {"jax": "0"},
         "data_fingerprint": "f" * 40,
         "seed": seed,
         "fold": None,
+        "num_train_clips": 100,
+        "num_clips": 40,
+        "num_groups": 20,
     }
 
 
@@ -254,6 +257,7 @@ def test_the_report_is_written_as_page_markdown_and_json(finished):
     markdown = (finished / "reproduction.md").read_text(encoding="utf-8")
     page = (finished / "reproduction.html").read_text(encoding="utf-8")
     for text in (markdown, page):
+        assert "phantom: 100 clips to train on, 40 of 20 patients (groups) to test on." in text
         assert "Synthetic data" in text and "Table VII" in text and "rerun phantom/hero/matched/2" in text
         assert "paper's own figures are not in the text" in text.replace("&#39;", "'")
     assert re.search(r"DILBERT student \| 3L8H \| 3 \| \*\*0\.8", markdown)

@@ -133,6 +133,10 @@ def _notices(
     composed = sorted({e["dataset"] for e in evaluated if e["synthetic_reports"] and not e["synthetic_data"]})
     if composed:
         notices.append(SYNTHETIC_REPORTS.format(", ".join(composed)))
+    notices += [
+        _sizes(dataset, [e for e in evaluated if e["dataset"].split("/")[0] == dataset])
+        for dataset in datasets
+    ]
     if len(found) < len(cells):
         notices.append(f"Incomplete: {len(found)} of {len(cells)} planned cells are finished.")
     if results.diverged:
@@ -140,6 +144,17 @@ def _notices(
     if len({cell.seed for cell in cells}) < 2:
         notices.append("One seed: no intervals, no tests, every claim undecided.")
     return notices
+
+
+def _sizes(dataset: str, evaluated: Sequence[Mapping[str, Any]]) -> str:
+    """How many clips stand behind a set's figures, fold by fold."""
+    counts = {(e["fold"], e["num_train_clips"], e["num_clips"], e["num_groups"]) for e in evaluated}
+    texts = [
+        ("" if fold is None else f"fold {fold}: ")
+        + f"{train} clips to train on, {test} of {groups} patients (groups) to test on"
+        for fold, train, test, groups in sorted(counts, key=str)
+    ]
+    return f"{dataset}: {'; '.join(texts)}."
 
 
 def _provenance(record: Mapping[str, Any]) -> dict[str, Any]:
