@@ -46,7 +46,7 @@ def _first_step(workdir: pathlib.Path, data: pathlib.Path, cache: pathlib.Path) 
     command += [f"--workdir={workdir}", f"--config.data.data_dir={data}"]
     workdir.mkdir()
     log = workdir / "metrics.jsonl"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "JAX_COMPILATION_CACHE_DIR": ""}
     with (workdir / "output.txt").open("wb") as output:
         start = time.perf_counter()
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)

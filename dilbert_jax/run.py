@@ -22,7 +22,12 @@ _log = logging.getLogger(__name__)
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's own cache folder: whoever can write there can run code here."""
+    """Keeps compiled programs in the user's own cache folder: whoever can write there can run code here.
+
+    Where JAX_COMPILATION_CACHE_DIR names a folder, JAX uses that one already.
+    """
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
     root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     folder = root / "dilbert_jax" / "xla"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -5,13 +5,14 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pydicom
 import pytest
 from PIL import Image
 from small_export import make_clip, shared_run, write_mp4
 
-from dilbert_jax import annotate
+from dilbert_jax import annotate, run
 from dilbert_jax.evaluate import evaluate, summarize
 from dilbert_jax.evaluation.metrics import classification_report
 from dilbert_jax.media import find_media
@@ -319,3 +320,11 @@ def test_what_is_missing_is_named_before_anything_is_loaded(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and ("nowhere" in error or "empty" in error)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_compilation_cache_that_the_environment_names_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "named"))
+    before = jax.config.jax_compilation_cache_dir
+    run.use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == before and not list(tmp_path.iterdir())

@@ -63,7 +63,7 @@ def start(folder, tmp_path_factory):
         f"def get_config():\n    return load_config(pathlib.Path({str(folder / 'config.json')!r}))\n",
         encoding="utf-8",
     )
-    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "JAX_COMPILATION_CACHE_DIR": ""}
 
     def start(workdir, log):
         with log.open("wb") as file:
