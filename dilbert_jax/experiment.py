@@ -186,7 +186,7 @@ def open_experiment(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
     )
     indices = _split(store, data)
     tokenizer = _open_tokenizer(config, workdir, [store.studies[i].report for i in indices["train"]])
-    _warn_of_untaught_classes(store, indices["train"], data.name)
+    _warn_of_untaught_classes(store, indices["train"], data)
     if (workdir / "labels.json").exists():
         labels = LabelSpace.load(workdir / "labels.json")
     else:
@@ -250,18 +250,18 @@ def _split(store: ClipStore, data: ml_collections.ConfigDict) -> dict[str, np.nd
     }
 
 
-def _warn_of_untaught_classes(store: ClipStore, training: np.ndarray, name: str) -> None:
+def _warn_of_untaught_classes(store: ClipStore, training: np.ndarray, data: ml_collections.ConfigDict) -> None:
     """Tells of organs and conditions that validation or test studies have and no training study has."""
     for field in ("organ", "condition"):
         known = {getattr(study, field) for study in store.studies} - {""}
         untaught = known - {getattr(store.studies[i], field) for i in training}
         if untaught:
             _log.warning(
-                "%s: no training study has the %s %s, which others have: no network can learn it; "
-                "with data.folds every study serves in turn",
-                name,
+                "%s: no training study has the %s %s, which others have: no network can learn it%s",
+                data.name,
                 field,
                 ", ".join(sorted(untaught)),
+                "" if data.folds else "; with data.folds every study serves in turn",
             )
 
 

@@ -21,6 +21,12 @@ SYNTHETIC_REPORTS = "Synthetic reports: those of {} are composed from labels, no
 SWEPT_HEADS = ("condition", "findings")
 PAPER = "The paper's own figures are not in the text at hand; only the order that it claims can be compared."
 
+VALUE_NOTES = (
+    "Values: mean over seeds [95 % interval of Student's t, which can leave 0 to 1 where few seeds differ] (chance). "
+    "Bold: the best, with p < 0.05 in paired t-tests against every other system, Holm-adjusted. "
+    "One seed has neither."
+)
+
 
 def write_report(
     cells: Sequence[Cell],
@@ -253,8 +259,7 @@ def to_markdown(content: Mapping[str, Any]) -> str:
         f"device {', '.join(devices)}.",
         "",
         *[f"> {notice}\n" for notice in content["notices"]],
-        "Values: mean over seeds [95 % interval, Student's t] (chance). Bold: the best, p < 0.05 in paired t-tests "
-        "against every other system, Holm-adjusted.",
+        VALUE_NOTES,
         "",
     ]
     for table in content["tables"]:
@@ -348,6 +353,7 @@ def _write_page(content: Mapping[str, Any], drawn: Sequence[Mapping[str, Any]], 
         chance_tasks=tasks,
         chance_rows=rows,
         figures=[{**f, **figure_image(f["png"])} for f in drawn],
+        value_notes=VALUE_NOTES,
         chance_notes=judged.CHANCE_NOTES,
         clip_notes=judged.CLIP_NOTES,
         clip_rows=[

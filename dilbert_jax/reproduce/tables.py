@@ -242,13 +242,16 @@ def table_v(results: Results, datasets: Sequence[str], systems: Sequence[str]) -
     rows, columns = _by_dataset(results, datasets, comparison_rows(systems), figures)
     notes = (
         "Recall among the first 1 and 10 answers. R@10 is 1 by construction with ten classes or fewer; "
-        "matching has two answers, so that its accuracy stands in. Chance: the commonest answers of training."
+        "matching has two answers, so that its accuracy stands in. MDC asks for all classes of a clip: R@k is their "
+        "share among the first k, of k at most, so that R@10 can lie below R@1. "
+        "Chance: the commonest answers of training."
     )
     return _table("V", "Pre-training tasks", notes, rows, columns)
 
 
 def table_vi(results: Results, datasets: Sequence[str], systems: Sequence[str]) -> dict[str, Any]:
-    figures = {m: (macro(m), chance_macro(m)) for m in ("sensitivity", "precision", "f1")}
+    titles = {"sensitivity": "sensitivity", "precision": "precision", "f1": "F1"}
+    figures = {title: (macro(m), chance_macro(m)) for m, title in titles.items()}
     figures["findings F1"] = macro("f1", "findings"), chance_macro("f1", "findings")
     rows, columns = _by_dataset(results, datasets, comparison_rows(systems), figures)
     notes = (
