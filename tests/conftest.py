@@ -21,7 +21,10 @@ import pytest
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keeps compiled programs beside pytest's own cache: many tests compile the same ones, and so does the next run."""
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("compilation")))
+    cache = getattr(config, "cache", None)
+    if cache is None:  # -p no:cacheprovider
+        return
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.mkdir("compilation")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
