@@ -80,7 +80,11 @@ def measure_step(experiment: Any, stage: str, rounds: int, block: int) -> dict[s
     state = steps.TrainState.create(jax.tree.map(jnp.copy, start), optimizer)
     rng = jax.random.key(0)
     stream = training_batches(
-        experiment.builder.pretraining, experiment.indices["train"], config.train.batch_size, seed=0
+        experiment.builder.pretraining,
+        experiment.indices["train"],
+        config.train.batch_size,
+        seed=0,
+        low_priority=jax.default_backend() == "cpu",
     )
     cached = jax.device_put(steps.device_entries(next(stream)))
     seconds: dict[str, list[float]] = {"cached batch": [], "fed": []}

@@ -58,7 +58,7 @@ def augment(
     (top, left), (bottom, right) = np.clip((low, high), 0, size)
     rows, columns = rows[top - low[0] : bottom - low[0]], columns[left - low[1] : right - low[1]]
     tables = _gain_tables(len(rows), rng)
-    offsets = 256 * np.arange(len(rows))[:, None]
+    offsets = (256 * np.arange(len(rows), dtype=np.uint16 if len(rows) <= 256 else np.int64))[:, None]
     out = np.zeros_like(frames)
     step = max(1, CACHED_PIXELS // size**2)
     for i in range(0, len(frames), step):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -80,6 +81,16 @@ class InputSpec:
         return max(1, round(MASK_RATE * self.max_tokens))
 
 
+class _Layout(NamedTuple):
+    """What is fixed of a study's frames and regions."""
+
+    frame_index: np.ndarray  # int32 [T]
+    sector: np.ndarray  # float32 [1, 4]
+    boxes: np.ndarray  # float32 [N, 4]
+    box_frames: np.ndarray  # int64 [N], among the stored frames
+    labels: np.ndarray  # int32 [N]
+
+
 class ExampleBuilder:
     """Builds one example from a study: pure in (index, rng), so any worker on any host gives the same one."""
 
@@ -103,6 +114,10 @@ class ExampleBuilder:
         self._texts = np.unique([s.report for s in store.studies], return_inverse=True)[1]
         self._has_report = np.asarray([bool(s.report.strip()) for s in store.studies])
         self._targets = [self._clip_targets(s) for s in store.studies]
+        self._layouts = [self._lay_out(s) for s in store.studies]
+        self._mirrored = [
+            not names_a_side(r, s.findings) for r, s in zip(self.reports, store.studies, strict=True)
+        ]
 
     # -- labels ----------------------------------------------------------------------------------------------
 
@@ -128,6 +143,15 @@ class ExampleBuilder:
         return self._targets[index]
 
     # -- frames ----------------------------------------------------------------------------------------------
+
+    def _lay_out(self, study: Study) -> _Layout:
+        return _Layout(
+            np.asarray(study.frame_index, np.int32),
+            np.asarray([study.sector], np.float32),
+            np.asarray(study.region_boxes, np.float32).reshape(-1, 4),
+            np.asarray(study.region_frames, np.int64),
+            np.asarray([self._region[label] for label in study.region_labels], np.int32),
+        )
 
     def padded_length(self, index: int) -> int:
         """Frames of a study's examples in training. In evaluation all have num_frames: one shape, in any order."""
@@ -171,15 +195,11 @@ class ExampleBuilder:
     ) -> tuple[Example, np.ndarray]:
         """Frames and regions of one clip, and which of its regions are annotated boxes (bool [R])."""
         spec, study = self.spec, self.store.studies[index]
-        sampled = self._sample_frames(len(study.frame_index), rng)
-        frames = np.asarray(self.store.frames(index)[sampled])
-        sector = np.asarray([study.sector], np.float32)
-        boxes = np.asarray(study.region_boxes, np.float32).reshape(-1, 4)
-        stored = np.asarray(study.region_frames, np.int64)
-        labels = np.asarray([self._region[label] for label in study.region_labels], np.int32)
+        frame_index, sector, boxes, stored, labels = self._layouts[index]
+        sampled = self._sample_frames(len(frame_index), rng)
+        frames = np.asarray(self.store.frames(index))[sampled]
         if spec.augment and rng is not None:
-            mirror = not names_a_side(self.reports[index], study.findings)
-            frames, boxes, sector = augment(frames, boxes, sector, rng, mirror)
+            frames, boxes, sector = augment(frames, boxes, sector, rng, self._mirrored[index])
         # Frame numbers within the sampled frames; boxes that crop or shift pushed off the image are dropped.
         box_frames = (
             np.abs(stored[:, None] - sampled[None, :]).argmin(1).astype(np.int32) if len(stored) else stored
@@ -222,9 +242,7 @@ class ExampleBuilder:
             "box_frames": out_frames,
             "region_labels": out_labels,
             "region_mask": mask,
-            "frame_index": np.asarray(study.frame_index, np.int32)[
-                sampled[np.minimum(np.arange(length), len(sampled) - 1)]
-            ],
+            "frame_index": frame_index[sampled[np.minimum(np.arange(length), len(sampled) - 1)]],
             "study": np.asarray(index, np.int32),
         }
         return example, np.arange(num_regions) < count
@@ -278,9 +296,9 @@ class ExampleBuilder:
         labelled = example["region_mask"] & (example["region_labels"] >= 0)
         target = choose_share(labelled, MASK_RATE, rng)
         zeroed = target & (rng.random(len(target)) < ZERO_RATE)
-        overlap = box_iou(example["boxes"], example["boxes"]) > spec.leak_iou
+        overlap = box_iou(example["boxes"][zeroed], example["boxes"]) > spec.leak_iou
         # A target left visible is hidden too where it would show a zeroed one.
-        example |= {"region_target": target, "region_zeroed": zeroed | overlap[zeroed].any(0)}
+        example |= {"region_target": target, "region_zeroed": zeroed | overlap.any(0)}
         if spec.shuffle:
             order = np.arange(len(steps), dtype=np.int32)
             if rng.random() < 0.5:

@@ -250,7 +250,9 @@ def _split(store: ClipStore, data: ml_collections.ConfigDict) -> dict[str, np.nd
     }
 
 
-def _warn_of_untaught_classes(store: ClipStore, training: np.ndarray, data: ml_collections.ConfigDict) -> None:
+def _warn_of_untaught_classes(
+    store: ClipStore, training: np.ndarray, data: ml_collections.ConfigDict
+) -> None:
     """Tells of organs and conditions that validation or test studies have and no training study has."""
     for field in ("organ", "condition"):
         known = {getattr(study, field) for study in store.studies} - {""}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -17,6 +18,7 @@ from absl import flags
 from dilbert_jax.examples import Example
 
 SMALLEST_SHARED = 2048  # bytes
+LOWEST_PRIORITY = 19  # nice value
 
 
 def training_batches(
@@ -30,6 +32,7 @@ def training_batches(
     process_index: int = 0,
     process_count: int = 1,
     num_workers: int = 0,
+    low_priority: bool = False,
 ) -> Generator[Example, None, None]:
     """Endless shuffled batches; the content of a batch follows from its step alone.
 
@@ -48,6 +51,8 @@ def training_batches(
       process_index: which part of each batch to deliver.
       process_count: how many parts there are.
       num_workers: processes that build batches; 0 = a thread of this process, enough unless clips are large.
+      low_priority: that thread takes only what processor time others leave. For steps that compute on the CPU: they
+        use as many threads as there are cores, and when one is stopped the others wait for it.
 
     Raises:
       ValueError: no study, or a batch that does not divide among the processes.
@@ -60,6 +65,8 @@ def training_batches(
             f"batch_size {batch_size}, process_index {process_index}, process_count {process_count}: "
             "batch_size must be a multiple of process_count, and process_index lie in [0, process_count)"
         )
+    if low_priority and not num_workers and sys.platform == "linux":  # no other system ranks single threads
+        build = _with_low_priority(build)
     lengths = np.asarray([length_of(int(i)) if length_of else 0 for i in indices])
     groups, counts = np.unique(lengths, return_counts=True)
     parts, local = [], batch_size // process_count
@@ -85,6 +92,20 @@ def training_batches(
     stream = stream.mp_prefetch(options, worker_init_fn=_prepare_worker)
     # Copied, so that no segment outlives the next step, however long the batch is kept.
     return _deliver(stream.map(lambda batch: {name: np.array(value) for name, value in batch.items()}))
+
+
+def _with_low_priority(build: Callable[[int, np.random.Generator], Example]) -> Callable[..., Example]:
+    """`build` for another thread than this one, at the lowest priority."""
+    ranked = {threading.get_native_id()}
+
+    def built(index: int, rng: np.random.Generator) -> Example:
+        thread = threading.get_native_id()
+        if thread not in ranked:
+            ranked.add(thread)
+            os.setpriority(os.PRIO_PROCESS, thread, LOWEST_PRIORITY)
+        return build(index, rng)
+
+    return built
 
 
 def _deliver(stream: grain.IterDataset[Example]) -> Generator[Example, None, None]:

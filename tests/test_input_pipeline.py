@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 
 import grain
 import numpy as np
@@ -234,6 +235,19 @@ def test_a_worker_leaves_the_accelerator_alone():
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     assert set(batch["process"]) != {os.getpid()}
     assert not batch["backend"].any() and batch["platform"].all() and (batch["blocks"] == 2).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ranks single threads on Linux only")
+def test_the_thread_that_builds_can_leave_the_processor_to_the_step():
+    def priority(index, rng):
+        return {"nice": np.asarray(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))}
+
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    for low, expected in ((False, own), (True, 19)):
+        batches = training_batches(priority, range(3), 3, 0, low_priority=low)
+        assert next(batches)["nice"].tolist() == [expected] * 3
+        batches.close()
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
 
 
 def fail(index, rng):

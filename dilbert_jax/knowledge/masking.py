@@ -102,7 +102,7 @@ def mask_report(
     token_ids = encoded.token_ids.copy()
     positions = np.flatnonzero(target_mask)
     draws = rng.random(positions.size)
-    ordinary = np.flatnonzero(tokenizer.is_ordinary)
+    ordinary = tokenizer.ordinary_ids
     replacements = rng.choice(ordinary, positions.size) if positions.size else ordinary[:0]
     token_ids[positions] = np.where(
         draws < 0.8, tokenizer.mask_id, np.where(draws < 0.9, replacements, token_ids[positions])

@@ -73,6 +73,7 @@ class ReportTokenizer:
         self.special_ids = frozenset(ids[token] for token in SPECIAL_TOKENS)
         # bool [vocab_size]
         self.is_ordinary = ~np.isin(np.arange(len(self.vocabulary)), list(self.special_ids))
+        self.ordinary_ids = np.flatnonzero(self.is_ordinary)
         self.lowercase = lowercase
         self._tokenizer = _bert(WordPiece(ids, unk_token=UNK), lowercase)
 

@@ -138,6 +138,7 @@ def _make_stage(name: str, experiment: Experiment, params: Mapping[str, Any], me
         process_index=part,
         process_count=parts,
         num_workers=config.mesh.num_workers,
+        low_priority=jax.default_backend() == "cpu",
     )
 
     rate = {"mutual": train_config.mutual_rate_scale, "finetune": train_config.finetune_rate_scale}.get(
