@@ -6,7 +6,7 @@ import functools
 import importlib.metadata
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import dilbert_jax
 from dilbert_jax.annotation import Thresholds, choose_threshold, compose, decide_findings, predict
+from dilbert_jax.clips import select_evenly
 from dilbert_jax.evaluation.metrics import (
     classification_report,
     majority_predictions,
@@ -25,7 +26,7 @@ from dilbert_jax.evaluation.retrieval import matching_accuracy, recall_at_k
 from dilbert_jax.experiment import Experiment, open_experiment
 from dilbert_jax.flops import count_flops, count_parameters
 from dilbert_jax.input_pipeline import evaluation_batches
-from dilbert_jax.report import render_report
+from dilbert_jax.report import RANKED_TASKS, render_report
 from dilbert_jax.training.log import read_metrics
 from dilbert_jax.training.loop import network_names, network_params, stage_names
 from dilbert_jax.training.objectives import annotation_forward, pretraining_forward, task_masks, task_targets
@@ -34,6 +35,7 @@ from dilbert_jax.training.step import device_entries
 Decisions = dict[str, dict[str, Any]]
 SCHEMA = "dilbert-jax/evaluation/1"
 BATCH_SIZE = 32
+COUNTED_EXAMPLES = 2000  # of training, that say how frequent each answer is
 
 
 def evaluate(
@@ -151,38 +153,27 @@ def _pretraining_tasks(experiment: Experiment, params: Any, indices: np.ndarray)
     config = context.config
     forward = jax.jit(lambda p, b: pretraining_forward(context.model, p, b, None)[0])
     collected: dict[str, list[np.ndarray]] = {}
-
-    def collect(name: str, values: np.ndarray) -> None:
-        collected.setdefault(name, []).append(values)
-
     # Words masked at random, and words that the graph chose: systems that were trained on either answer both.
     for guided in (False, True):
-        build = functools.partial(experiment.builder.pretraining, guided=guided)
-        repeats = config.evaluate.mask_repeats
-        for batch, real in evaluation_batches(build, indices, BATCH_SIZE, seed=7, repeats=repeats):
-            inputs = {k: jnp.asarray(v) for k, v in device_entries(batch).items()}
+        for inputs, questions in _ask(experiment, indices, guided, config.evaluate.mask_repeats):
             logits = jax.device_get(forward(params, inputs))
-            masks = {
-                k: np.asarray(v) & real.reshape(-1, *[1] * (v.ndim - 1))
-                for k, v in task_masks(inputs, context.loss).items()
-            }
-            targets = jax.device_get(task_targets(inputs, context.loss))
-            for task in ("mlm",) if guided else ("mlm", "mdc", "moc", "cmm"):
-                name = f"{task}_guided" if guided else task
-                collect(f"{name}/logits", logits[task][masks[task]])
-                collect(f"{name}/targets", targets[task][masks[task]])
+            for name, (task, mask, targets) in questions.items():
+                collected.setdefault(f"{name}/logits", []).append(logits[task][mask])
+                collected.setdefault(f"{name}/targets", []).append(targets[mask])
     joined = {name: np.concatenate(values) for name, values in collected.items()}
-    counts = _training_counts(experiment)
-    counts["mlm_guided"] = counts["mlm"]
+    ranked = [task for task in RANKED_TASKS if task != "cmm"]
+    counts = count_answers(experiment, {task: joined[f"{task}/logits"].shape[1] for task in ranked})
     # What every training clip holds, as the organ of a set with one organ, is no answer to be ranked.
     told_apart = {}
     if context.loss.mdc_target == "description":
-        told_apart["mdc"] = counts["mdc"] < len(experiment.indices["train"])
+        train = experiment.indices["train"]
+        held = np.sum([experiment.builder.targets(int(i))["classes"] for i in train], axis=0)
+        told_apart["mdc"] = held < len(train)
     tasks = {
         task: rank_classes(
             joined[f"{task}/logits"], joined[f"{task}/targets"], counts[task], told_apart.get(task)
         )
-        for task in ("mlm", "mlm_guided", "mdc", "moc")
+        for task in ranked
     }
     tasks["cmm"] = matching_accuracy(joined["cmm/logits"], joined["cmm/targets"])
     return tasks
@@ -197,17 +188,42 @@ def rank_classes(
     return recall_at_k(logits, targets, training_counts=counts)
 
 
-def _training_counts(experiment: Experiment) -> dict[str, np.ndarray]:
-    """How often training shows each word piece, class and region class."""
-    context, builder, train = experiment.context, experiment.builder, experiment.indices["train"]
-    words = np.concatenate([builder.reports[i].token_ids[builder.reports[i].token_mask] for i in train])
-    mdc = "classes" if context.loss.mdc_target == "description" else "entities"
-    regions = [r for i in train for r in experiment.store.studies[i].region_labels]
-    return {
-        "mlm": np.bincount(words, minlength=context.tokenizer.vocab_size),
-        "mdc": np.sum([builder.targets(int(i))[mdc] for i in train], axis=0),
-        "moc": np.asarray([regions.count(label) for label in context.labels.regions]),
-    }
+def _ask(
+    experiment: Experiment, indices: np.ndarray, guided: bool, repeats: int
+) -> Iterator[tuple[dict[str, jax.Array], dict[str, tuple[str, np.ndarray, np.ndarray]]]]:
+    """Batches of masked clips, and of each question its task, which positions are asked, and the right answers."""
+    loss = experiment.context.loss
+    build = functools.partial(experiment.builder.pretraining, guided=guided)
+    for batch, real in evaluation_batches(build, indices, BATCH_SIZE, seed=7, repeats=repeats):
+        inputs = {k: jnp.asarray(v) for k, v in device_entries(batch).items()}
+        masks, targets = jax.device_get((task_masks(inputs, loss), task_targets(inputs, loss)))
+        yield (
+            inputs,
+            {
+                f"{task}_guided" if guided else task: (
+                    task,
+                    masks[task] & real.reshape(-1, *[1] * (masks[task].ndim - 1)),
+                    targets[task],
+                )
+                for task in (("mlm",) if guided else ("mlm", "mdc", "moc", "cmm"))
+            },
+        )
+
+
+def count_answers(experiment: Experiment, num_classes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """How often each class is the right answer where training clips are asked, masked as those of the test are."""
+    train = experiment.indices["train"]
+    train = train[select_evenly(len(train), COUNTED_EXAMPLES)]
+    counts = {name: np.zeros(num, np.int64) for name, num in num_classes.items()}
+    for guided in (False, True):
+        for _, questions in _ask(experiment, train, guided, -(-COUNTED_EXAMPLES // len(train))):
+            for name in counts.keys() & questions.keys():
+                _, mask, targets = questions[name]
+                right = targets[mask]
+                counts[name] += (
+                    right.sum(0) if right.ndim == 2 else np.bincount(right, minlength=num_classes[name])
+                )
+    return counts
 
 
 def predict_all(experiment: Experiment, params: Any, indices: np.ndarray) -> dict[str, np.ndarray]:

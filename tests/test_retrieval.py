@@ -1,13 +1,16 @@
 """Recall at k against scikit-learn and against counting by hand; chance and ties."""
 
 import itertools
+import types
 
 import numpy as np
 import pytest
 from sklearn.metrics import top_k_accuracy_score
+from small_builder import make_builder, make_study
 
-from dilbert_jax.evaluate import rank_classes
+from dilbert_jax.evaluate import count_answers, rank_classes
 from dilbert_jax.evaluation.retrieval import matching_accuracy, recall_at_k
+from dilbert_jax.training.objectives import LossConfig
 
 
 @pytest.mark.parametrize("k", [1, 3, 10])
@@ -108,3 +111,25 @@ def test_a_class_that_is_always_right_is_left_out_of_the_ranking():
     assert rank_classes(logits, targets, counts)["recall_at_1"] == 1.0
     ranked = rank_classes(logits, targets, counts, kept=counts < 9)
     assert ranked["recall_at_1"] == 0.5 and ranked["num_classes"] == 2
+
+
+def test_frequencies_are_those_of_the_answers_that_training_asks_for():
+    builder = make_builder(
+        [make_study(i, region_labels=(), region_boxes=(), region_frames=()) for i in range(12)]
+    )
+    tokenizer, labels = builder.tokenizer, builder.labels
+    experiment = types.SimpleNamespace(
+        builder=builder, indices={"train": np.arange(12)}, context=types.SimpleNamespace(loss=LossConfig())
+    )
+    num_classes = {
+        "mlm": tokenizer.vocab_size, "mlm_guided": tokenizer.vocab_size,
+        "mdc": len(labels.classes), "moc": len(labels.regions),
+    }  # fmt: skip
+    counts = count_answers(experiment, num_classes)
+    for name in ("mlm", "mlm_guided"):
+        assert counts[name].sum() > 100 and not counts[name][~tokenizer.is_ordinary].any()
+    period = tokenizer.vocabulary.index(".")  # belongs to no entity, which come first
+    assert counts["mlm"][period] > counts["mlm_guided"][period]
+    assert counts["mdc"][labels.classes.index("liver")] == counts["mdc"].max()
+    # Without annotated boxes each region is asked for the clip's organ.
+    assert counts["moc"].sum() > 100 and counts["moc"].argmax() == labels.regions.index("liver")
