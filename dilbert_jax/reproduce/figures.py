@@ -17,7 +17,7 @@ from sklearn.manifold import TSNE
 
 from dilbert_jax.annotation import Thresholds
 from dilbert_jax.evaluate import BATCH_SIZE, example_annotations, predict_all
-from dilbert_jax.evaluation.figures import display_name, encode_figure, figure_style
+from dilbert_jax.evaluation.figures import MUTED, display_name, encode_figure, figure_style
 from dilbert_jax.evaluation.match_figures import entity_frame_graph, entity_region_figure
 from dilbert_jax.experiment import Experiment, open_experiment
 from dilbert_jax.input_pipeline import evaluation_batches
@@ -30,7 +30,7 @@ from dilbert_jax.training.step import device_entries
 from dilbert_jax.training.weights import QUANTILES
 
 MAX_POINTS = 300  # a panel
-CLASS_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
+CLASS_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _log = logging.getLogger(__name__)
 
 
@@ -132,9 +132,12 @@ def projections(experiment: Experiment, workdir: pathlib.Path) -> bytes:
     splits = {name: indices for name, indices in splits.items() if len(indices) > 2}
     joined = np.concatenate(list(splits.values()))
     vectors = pooled_vectors(experiment, workdir, joined)
-    names = [studies[i].condition or studies[i].organ or "" for i in joined]
-    classes = [c for c, _ in sorted(((c, -names.count(c)) for c in set(names)), key=lambda pair: pair[1])]
-    colours = {c: CLASS_COLOURS[min(i, len(CLASS_COLOURS) - 1)] for i, c in enumerate(classes)}
+    named = "condition" if any(study.condition for study in studies) else "organ"
+    names = [getattr(studies[i], named) for i in joined]
+    commonest = sorted(set(names) - {""}, key=lambda c: (-names.count(c), c))[: len(CLASS_COLOURS)]
+    names = [c if c in commonest else "" for c in names]
+    colours = {**dict(zip(commonest, CLASS_COLOURS, strict=False)), "": MUTED}
+    classes = [c for c in colours if c in names]
     of_split = np.repeat(list(splits), [len(i) for i in splits.values()])
     methods = {
         "PCA": PCA(2, random_state=0),
@@ -168,7 +171,7 @@ def projections(experiment: Experiment, workdir: pathlib.Path) -> bytes:
 
 
 def _title(concept: str, graph: Any) -> str:
-    return display_name(concept, {"en": graph.name(concept, "en")}) if concept else "not named"
+    return display_name(concept, {"en": graph.name(concept, "en")}) if concept else "none or another"
 
 
 def weight_figure(rows: Sequence[Mapping[str, Any]]) -> bytes:
