@@ -1,19 +1,14 @@
 """Shared fixtures: real data and reference vectors where the environment names them; a seeded generator."""
 
-import importlib.metadata
 import importlib.util
 import os
 from pathlib import Path
 
+from dilbert_jax.quick_compile import quick_compilation
+
 # Before jax is imported anywhere: the tests are written for the CPU unless the caller names another platform.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile for minutes what runs for seconds: LLVM's first level of optimization is enough for them, and without
-# fusion emitters compiling is a quarter faster. XLA aborts on flags it does not know: the second is given by version.
-os.environ["XLA_FLAGS"] = " ".join(
-    ["--xla_backend_optimization_level=1"]
-    + ["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jaxlib").startswith("0.10.")
-    + [os.environ.get("XLA_FLAGS", "")]
-)
+os.environ["XLA_FLAGS"] = quick_compilation(os.environ.get("XLA_FLAGS", ""))
 
 import numpy as np
 import pytest

@@ -452,6 +452,16 @@ def test_a_cell_of_another_version_is_refused(finished):
         cells.reuse_records(shared, finished, "cpu")
 
 
+def test_only_cells_that_compile_longer_than_they_run_compile_quickly(tmp_path, monkeypatch):
+    own = "--xla_cpu_parallel_codegen_split_count=16"
+    monkeypatch.setenv("XLA_FLAGS", own)
+    for budget in ("cpu", "smoke", "smoke"):  # a process that it starts sets the flags again
+        assert command.main([f"--budget={budget}", "--plan", f"--output={tmp_path / budget}"]) == 0
+        flags = os.environ["XLA_FLAGS"].split()
+        assert flags[-1] == own and len(flags) == len(set(flags))
+        assert ("--xla_backend_optimization_level=1" in flags) == (budget == "smoke")
+
+
 WORKER = """
 import pathlib, sys, time
 folder, status = pathlib.Path(sys.argv[1]), int(sys.argv[2])

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from dilbert_jax.models import SYSTEMS, find_system
+from dilbert_jax.quick_compile import quick_compilation
 from dilbert_jax.reproduce.cells import read_cell, reuse_records, run_cells, workdir_of
 from dilbert_jax.reproduce.grid import (
     BUDGETS,
@@ -151,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     logging.getLogger("absl").setLevel(logging.WARNING)
+    if BUDGETS[args.budget].quick_compile:
+        os.environ["XLA_FLAGS"] = quick_compilation(os.environ.get("XLA_FLAGS", ""))
     command = f"python -m dilbert_jax.reproduce --budget={args.budget} --output={args.output}"
     try:
         tables = _choices(args.tables, TABLES, "tables")

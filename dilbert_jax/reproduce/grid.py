@@ -64,6 +64,7 @@ class Budget:
       tiny_data: clips smaller than the data sets' settings say.
       large_phantom: four times as many phantom clips in a quarter of the epochs: as many updates, and more clips to
         test on.
+      quick_compile: cells run for less time than XLA usually takes to compile them.
     """
 
     seeds: int
@@ -72,6 +73,7 @@ class Budget:
     minutes: tuple[float, float]
     tiny_data: bool = False
     large_phantom: bool = False
+    quick_compile: bool = False
 
 
 BUDGETS = {
@@ -79,7 +81,7 @@ BUDGETS = {
         1,
         {"model.hidden_size": 72, "model.ffn_size": 144, "model.channels": (16, 32), "model.blocks": (1, 1),
          "model.unroll": 1, "train.batch_size": 16, "evaluate.mask_repeats": 1, "evaluate.num_resamples": 200},
-        (1.0, 1.0, 0.5, 1.0), (2.4, 1.4), tiny_data=True,
+        (1.0, 1.0, 0.5, 1.0), (2.4, 1.4), tiny_data=True, quick_compile=True,
     ),
     "cpu": Budget(
         3,
