@@ -26,6 +26,7 @@ from dilbert_jax.evaluation.retrieval import matching_accuracy, recall_at_k
 from dilbert_jax.experiment import Experiment, open_experiment
 from dilbert_jax.flops import count_flops, count_parameters
 from dilbert_jax.input_pipeline import evaluation_batches
+from dilbert_jax.models.network import Network
 from dilbert_jax.report import RANKED_TASKS, render_report
 from dilbert_jax.training.log import read_metrics
 from dilbert_jax.training.loop import network_names, network_params, stage_names
@@ -151,7 +152,7 @@ def _pretraining_tasks(experiment: Experiment, params: Any, indices: np.ndarray)
     """R@1, R@10 and chance of MLM, MDC and MOC, accuracy of CMM, on masked copies of the clips."""
     context = experiment.context
     config = context.config
-    forward = jax.jit(lambda p, b: pretraining_forward(context.model, p, b, None)[0])
+    forward = _compiled_answers(context.model)
     collected: dict[str, list[np.ndarray]] = {}
     # Words masked at random, and words that the graph chose: systems that were trained on either answer both.
     for guided in (False, True):
@@ -177,6 +178,12 @@ def _pretraining_tasks(experiment: Experiment, params: Any, indices: np.ndarray)
     }
     tasks["cmm"] = matching_accuracy(joined["cmm/logits"], joined["cmm/targets"])
     return tasks
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled_answers(model: Network) -> Any:
+    """Logits of the pre-training tasks, compiled once for all networks of a run."""
+    return jax.jit(lambda params, batch: pretraining_forward(model, params, batch, None)[0])
 
 
 def rank_classes(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import CONFIG, NAMES, init_params, make_batch, to_device
+from tiny import CONFIG, NAMES, init_params, make_batch, no_compilation, to_device
 
 from dilbert_jax import losses, relational
 from dilbert_jax.models import Dilbert
@@ -118,8 +118,8 @@ def test_one_update_equals_two_separate_optimizers(networks, frozen, batch):
     start = steps.TrainState.create(jax.tree.map(jnp.array, networks), optimizer)
     first, _ = update(start, frozen, batch, RNG)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(start.params))
-    second, _ = update(first, frozen, batch, RNG)
-    assert update._cache_size() == 1
+    with no_compilation():
+        second, _ = update(first, frozen, batch, RNG)
     assert_close(second.params, expected, 1e-4)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
 

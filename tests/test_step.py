@@ -6,8 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from tiny import CONFIG, NAMES, init_params, make_batch, to_device
+from tiny import CONFIG, NAMES, init_params, make_batch, no_compilation, to_device
 
 from dilbert_jax.models import Dilbert
 from dilbert_jax.training import objectives
@@ -164,11 +165,12 @@ def run_steps(objective, params, frozen, batch, count, learning_rate=3e-3):
     optimizer = make_optimizer(OptimizerConfig("adamw", learning_rate, warmup_fraction=0.05), count)
     state = steps.TrainState.create(jax.tree.map(jnp.array, params), optimizer)
     update = steps.make_step(objective, optimizer)
-    losses = []
-    for _ in range(count):
-        state, metrics = update(state, frozen, batch, RNG)
-        losses.append(float(metrics["loss"]))
-    assert update._cache_size() == 1
+    state, metrics = update(state, frozen, batch, RNG)
+    losses = [float(metrics["loss"])]
+    with no_compilation():
+        for _ in range(1, count):
+            state, metrics = update(state, frozen, batch, RNG)
+            losses.append(float(metrics["loss"]))
     return state, losses
 
 
@@ -220,6 +222,29 @@ def test_schedule_warms_up_and_ends_at_zero():
     np.testing.assert_allclose(float(schedule(10)), 0.24, rtol=1e-6)
     assert float(schedule(50)) < 0.24
     np.testing.assert_allclose(float(schedule(100)), 0.0, atol=1e-8)
+
+
+@pytest.mark.parametrize(("fraction", "num_steps"), [(0.05, 40), (0.5, 7), (0.0, 3), (0.1, 1)])
+def test_the_schedule_is_that_of_optax(fraction, num_steps):
+    schedule = make_schedule(OptimizerConfig("sgd", 0.24, warmup_fraction=fraction), num_steps)
+    theirs = optax.warmup_cosine_decay_schedule(0.0, 0.24, schedule.warmup, schedule.num_steps)
+    count = jnp.arange(num_steps + 2)
+    np.testing.assert_allclose(schedule(count), jax.vmap(theirs)(count), rtol=1e-5, atol=1e-8)
+
+
+def test_stages_of_other_lengths_and_rates_share_the_program_of_the_update(networks):
+    def objective(params, frozen, batch, rng):
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(params)), {}
+
+    def first_step(names, rate, num_steps):
+        optimizer = make_optimizer(OptimizerConfig("adamw", rate, weight_decay=0.01), num_steps)
+        state = steps.TrainState.create({n: jax.tree.map(jnp.array, networks[n]) for n in names}, optimizer)
+        return steps.make_step(objective, optimizer)(state, {}, {}, RNG)
+
+    first_step(["teacher"], 0.1, 100)
+    programs = steps._compiled_update._cache_size()
+    first_step(["teacher", "student"], 0.2, 10)
+    assert steps._compiled_update._cache_size() == programs
 
 
 def test_an_unknown_optimizer_is_refused():

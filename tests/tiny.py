@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,23 @@ CONFIG = NetworkConfig(
     hidden_size=16, num_layers=2, num_heads=2, ffn_size=32, dropout=0.1, max_tokens=L, max_steps=8,
     channels=(8, 16), blocks=(1, 1), stem_patch=(2, 4, 4),
 )  # fmt: skip
+
+
+@contextlib.contextmanager
+def no_compilation() -> Iterator[None]:
+    """Nothing inside may need a program that is not compiled yet."""
+    compiled = []
+
+    def listen(event: str, seconds: float, **facts: object) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(facts)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled, f"compiled again: {compiled}"
 
 
 def make_batch(seed: int = 0, batch_size: int = B) -> dict[str, np.ndarray]:

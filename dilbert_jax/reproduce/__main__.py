@@ -66,13 +66,14 @@ def print_plan(cells: Sequence[Cell], budget: str, output: pathlib.Path, jobs: i
 
 
 def run_side_by_side(cells: Sequence[Cell], jobs: int, budget: str, output: pathlib.Path) -> None:
-    """Runs up to `jobs` cells at a time, in plan order: each in a process of its own, which has its share of this
-    machine's cores and tells the `log.txt` beside its results.
+    """Runs up to `jobs` cells at a time: each in a process of its own, which has its share of this machine's cores and
+    tells the `log.txt` beside its results. One seed comes after another, and of a seed the longest first.
 
     Raises:
       ValueError: some of them failed; the others are finished.
     """
     waiting = [cell for cell in cells if read_cell(cell, output, budget) is None]
+    waiting.sort(key=lambda cell: (cell.seed, -expected_minutes([cell], budget)))
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     shares = [cores[job::jobs] for job in range(jobs)]
     running: dict[Cell, tuple[subprocess.Popen[bytes], list[int]]] = {}

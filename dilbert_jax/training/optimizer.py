@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 import optax
+
+Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +34,57 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
 
-def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Linear warm-up over the first share of `num_steps`, then cosine to zero."""
+@flax.struct.dataclass
+class Schedule:
+    """Learning rate by step: linear warm-up from zero, then cosine to zero.
+
+    Optax has the same schedule with numbers that are fixed in a compiled program; here they are its inputs, so that
+    stages of other lengths and rates share one.
+
+    Attributes:
+      peak: the largest rate.
+      warmup: steps until then; num_steps: steps until zero.
+    """
+
+    peak: Array | float
+    warmup: Array | int
+    num_steps: Array | int
+
+    def __call__(self, step: Array | int) -> Array:
+        progress = jnp.clip((step - self.warmup) / (self.num_steps - self.warmup), 0.0, 1.0)
+        falling = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        return self.peak * jnp.where(step < self.warmup, step / self.warmup, falling)
+
+
+@flax.struct.dataclass
+class Optimizer:
+    """An `optax.GradientTransformation` that programs can take as an argument: see `OptimizerConfig` for the fields."""
+
+    schedule: Schedule
+    name: str = flax.struct.field(pytree_node=False)
+    weight_decay: float = flax.struct.field(pytree_node=False)
+    momentum: float = flax.struct.field(pytree_node=False)
+    clip_norm: float = flax.struct.field(pytree_node=False)
+
+    def init(self, params: Any) -> Any:
+        return self._transformation().init(params)
+
+    def update(self, gradient: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        """What to add to the parameters, and the optimizer's next state."""
+        return self._transformation().update(gradient, state, params)
+
+    def _transformation(self) -> optax.GradientTransformation:
+        clip = optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
+        if self.name == "sgd":
+            decay = optax.add_decayed_weights(self.weight_decay, mask=_decayed)
+            return optax.chain(clip, decay, optax.sgd(self.schedule, momentum=self.momentum))
+        return optax.chain(clip, optax.adamw(self.schedule, weight_decay=self.weight_decay, mask=_decayed))
+
+
+def make_schedule(config: OptimizerConfig, num_steps: int) -> Schedule:
+    """Warm-up over the first share of `num_steps`, then cosine to zero."""
     warmup = min(max(1, round(config.warmup_fraction * num_steps)), max(num_steps - 1, 1))
-    return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(num_steps, warmup + 1))
+    return Schedule(config.learning_rate, warmup, max(num_steps, warmup + 1))
 
 
 def _decayed(params: Any) -> Any:
@@ -45,13 +96,13 @@ def _decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(is_trained, params)
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Builds the optimizer for a stage of `num_steps` steps."""
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> Optimizer:
+    """Builds the optimizer for a stage of `num_steps` steps.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if config.name not in ("sgd", "adamw"):
+        raise ValueError(f"optimizer.name is {config.name!r}; choose 'sgd' or 'adamw'")
     schedule = make_schedule(config, num_steps)
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    if config.name == "sgd":
-        decay = optax.add_decayed_weights(config.weight_decay, mask=_decayed)
-        return optax.chain(clip, decay, optax.sgd(schedule, momentum=config.momentum))
-    if config.name == "adamw":
-        return optax.chain(clip, optax.adamw(schedule, weight_decay=config.weight_decay, mask=_decayed))
-    raise ValueError(f"optimizer.name is {config.name!r}; choose 'sgd' or 'adamw'")
+    return Optimizer(schedule, config.name, config.weight_decay, config.momentum, config.clip_norm)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dilbert_jax.sharding import replicated
+from dilbert_jax.sharding import num_devices, platform, replicated
 from dilbert_jax.training.accumulation import Accumulation, Batch, Metrics, Objective, accumulate
+from dilbert_jax.training.optimizer import Optimizer
 
 Array = jax.Array
 HOST_ONLY = ("study", "frame_index")  # entries of a batch that never go to a device
@@ -31,14 +32,16 @@ class TrainState:
     opt_state: dict[str, Any]
 
     @classmethod
-    def create(cls, params: Mapping[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
+    def create(
+        cls, params: Mapping[str, Any], optimizer: optax.GradientTransformation | Optimizer
+    ) -> TrainState:
         opt_state = {name: optimizer.init(p) for name, p in params.items()}
         return cls(step=jnp.zeros((), jnp.int32), params=dict(params), opt_state=opt_state)
 
 
 def make_step(
     objective: Objective,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     accumulation: Accumulation | None = None,
     state_sharding: Any = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -46,7 +49,10 @@ def make_step(
 
     `objective(params, frozen, batch, rng)` sums the networks' losses; as none of them sends gradient into
     another, the gradient of the sum is each network's own. A step whose loss is not finite leaves the state
-    as it was, so that the loop can stop with a good checkpoint.
+    as it was, so that the loop can stop with a good checkpoint. The state that goes in is given up.
+
+    On one CPU device gradients and updates are two programs, and all networks of all stages share that of the update:
+    for each parameter it has about as much to compile as the gradients have. Elsewhere a step is one program.
 
     Args:
       objective: (params, frozen, batch, rng) -> (loss, metrics), with a `Part` as fifth argument where it accumulates.
@@ -55,28 +61,70 @@ def make_step(
       state_sharding: a sharding for each leaf of the state that comes out; None = the compiler's choice.
     """
 
-    def step(state: TrainState, frozen: Any, batch: Batch, rng: Array) -> tuple[TrainState, Metrics]:
-        rng = jax.random.fold_in(rng, state.step)
-        arguments = state.params, frozen, batch, rng
+    def differentiate(params: Any, step: Array, frozen: Any, batch: Batch, rng: Array) -> tuple[Any, Metrics]:
+        arguments = params, frozen, batch, jax.random.fold_in(rng, step)
         if accumulation is None:
             (loss, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(*arguments)
         else:
             (loss, metrics), gradients = accumulate(objective, accumulation, *arguments)
+        return gradients, metrics | {"loss": loss}
+
+    def step(state: TrainState, frozen: Any, batch: Batch, rng: Array) -> tuple[TrainState, Metrics]:
+        gradients, metrics = differentiate(state.params, state.step, frozen, batch, rng)
         if state_sharding is not None:
             # A device adds up and keeps the part of each gradient whose parameters it updates.
             gradients = jax.lax.with_sharding_constraint(gradients, state_sharding.params)
-        finite = jnp.isfinite(loss)
-        params, opt_state = {}, {}
-        for name, gradient in gradients.items():
-            metrics[f"{name}/gradient_norm"] = optax.global_norm(gradient)
-            finite &= jnp.isfinite(metrics[f"{name}/gradient_norm"])
-            updates, opt_state[name] = optimizer.update(gradient, state.opt_state[name], state.params[name])
-            params[name] = optax.apply_updates(state.params[name], updates)
-        new = TrainState(state.step + 1, params, opt_state)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-        return new, metrics | {"loss": loss}
+        return _update_all(_update, optimizer, state, gradients, metrics)
 
+    if platform() == "cpu" and num_devices() == 1:
+        of_batch = jax.jit(differentiate)
+
+        def in_two(state: TrainState, frozen: Any, batch: Batch, rng: Array) -> tuple[TrainState, Metrics]:
+            gradients, metrics = of_batch(state.params, state.step, frozen, batch, rng)
+            return _update_all(_compiled_update, optimizer, state, gradients, metrics)
+
+        return in_two
     if state_sharding is None:
         return jax.jit(step, donate_argnums=0)
     everywhere = jax.tree.map(lambda s: replicated(s.mesh), state_sharding.step)
     return jax.jit(step, donate_argnums=0, out_shardings=(state_sharding, everywhere))
+
+
+def _update_all(
+    update: Callable[..., tuple[Any, Any]],
+    optimizer: Optimizer,
+    state: TrainState,
+    gradients: Mapping[str, Any],
+    metrics: Metrics,
+) -> tuple[TrainState, Metrics]:
+    """The state after a step, and its metrics with the norm of each network's gradient."""
+    norms = {f"{name}/gradient_norm": _norm(gradient) for name, gradient in gradients.items()}
+    finite, step = _count([metrics["loss"], *norms.values()], state.step)
+    params, opt_state = {}, {}
+    for name, gradient in gradients.items():
+        params[name], opt_state[name] = update(
+            optimizer, state.params[name], state.opt_state[name], gradient, finite
+        )
+    return TrainState(step, params, opt_state), metrics | norms
+
+
+_norm = jax.jit(optax.global_norm)
+
+
+@jax.jit
+def _count(values: Sequence[Array], step: Array) -> tuple[Array, Array]:
+    """Whether all values are finite, and how many steps there are if only then this one counts."""
+    finite = jnp.isfinite(jnp.stack(values)).all()
+    return finite, step + finite
+
+
+def _update(
+    optimizer: Optimizer, params: Any, opt_state: Any, gradient: Any, finite: Array
+) -> tuple[Any, Any]:
+    """One network's parameters and optimizer state after a step, the old ones where it does not count."""
+    updates, new_state = optimizer.update(gradient, opt_state, params)
+    new = optax.apply_updates(params, updates), new_state
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (params, opt_state))
+
+
+_compiled_update = jax.jit(_update, donate_argnums=(1, 2))
