@@ -232,6 +232,22 @@ def test_the_schedule_is_that_of_optax(fraction, num_steps):
     np.testing.assert_allclose(schedule(count), jax.vmap(theirs)(count), rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("scale", [0.01, 100.0])
+def test_the_norm_of_a_gradient_and_clipping_by_it_are_those_of_optax(scale, rng):
+    shapes = [(3,), (2, 5), (300, 300), ()]
+    gradient = {str(s): jnp.asarray(scale * rng.standard_normal(s), jnp.float32) for s in shapes}
+    norm = steps._norm(gradient)
+    np.testing.assert_allclose(norm, optax.global_norm(gradient), rtol=1e-6)
+    optimizer = make_optimizer(OptimizerConfig("sgd", 1.0, 0.0, momentum=0.0, warmup_fraction=0.0), 10)
+    expected, _ = optax.clip_by_global_norm(1.0).update(gradient, optax.EmptyState())
+    for known in (norm, None):
+        state = optimizer.init(gradient)
+        _, state = optimizer.update(gradient, state, gradient, known)
+        ours, _ = optimizer.update(gradient, state, gradient, known)  # the first step's rate is 0
+        for name, value in expected.items():
+            np.testing.assert_allclose(-ours[name], value, rtol=1e-5)
+
+
 def test_stages_of_other_lengths_and_rates_share_the_program_of_the_update(networks):
     def objective(params, frozen, batch, rng):
         return sum(jnp.sum(x**2) for x in jax.tree.leaves(params)), {}

@@ -69,16 +69,28 @@ class Optimizer:
     def init(self, params: Any) -> Any:
         return self._transformation().init(params)
 
-    def update(self, gradient: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        """What to add to the parameters, and the optimizer's next state."""
-        return self._transformation().update(gradient, state, params)
+    def update(self, gradient: Any, state: Any, params: Any, norm: Array | None = None) -> tuple[Any, Any]:
+        """What to add to the parameters, and the optimizer's next state; `norm` is the gradient's, if known."""
+        return self._transformation().update(gradient, state, params, norm=norm)
 
-    def _transformation(self) -> optax.GradientTransformation:
-        clip = optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
+    def _transformation(self) -> optax.GradientTransformationExtraArgs:
+        clip = _clip(self.clip_norm) if self.clip_norm else optax.identity()
         if self.name == "sgd":
             decay = optax.add_decayed_weights(self.weight_decay, mask=_decayed)
             return optax.chain(clip, decay, optax.sgd(self.schedule, momentum=self.momentum))
         return optax.chain(clip, optax.adamw(self.schedule, weight_decay=self.weight_decay, mask=_decayed))
+
+
+def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm` for a norm that need not be computed once more."""
+
+    def update(gradient: Any, state: Any, params: Any = None, *, norm: Array | None = None, **_: Any) -> Any:
+        del params
+        norm = optax.global_norm(gradient) if norm is None else norm
+        scale = jnp.where(norm < max_norm, 1.0, max_norm / norm)
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> Schedule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from dilbert_jax.training.accumulation import Accumulation, Batch, Metrics, Obje
 from dilbert_jax.training.optimizer import Optimizer
 
 Array = jax.Array
+SMALL = 2**16  # elements of a parameter that need no loop of their own
 HOST_ONLY = ("study", "frame_index")  # entries of a batch that never go to a device
 
 
@@ -61,27 +63,22 @@ def make_step(
       state_sharding: a sharding for each leaf of the state that comes out; None = the compiler's choice.
     """
 
-    def differentiate(params: Any, step: Array, frozen: Any, batch: Batch, rng: Array) -> tuple[Any, Metrics]:
-        arguments = params, frozen, batch, jax.random.fold_in(rng, step)
-        if accumulation is None:
-            (loss, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(*arguments)
-        else:
-            (loss, metrics), gradients = accumulate(objective, accumulation, *arguments)
-        return gradients, metrics | {"loss": loss}
-
     def step(state: TrainState, frozen: Any, batch: Batch, rng: Array) -> tuple[TrainState, Metrics]:
-        gradients, metrics = differentiate(state.params, state.step, frozen, batch, rng)
+        inputs = state.params, state.step, frozen, batch, rng
+        gradients, metrics = _gradients(objective, accumulation, *inputs)
         if state_sharding is not None:
             # A device adds up and keeps the part of each gradient whose parameters it updates.
             gradients = jax.lax.with_sharding_constraint(gradients, state_sharding.params)
-        return _update_all(_update, optimizer, state, gradients, metrics)
+        norms = {name: optax.global_norm(gradient) for name, gradient in gradients.items()}
+        return _update_all(_update, optimizer, state, gradients, norms, metrics)
 
-    if platform() == "cpu" and num_devices() == 1:
-        of_batch = jax.jit(differentiate)
+    if on_one_cpu():
+        differentiate = compiled_gradients(objective, accumulation)
 
         def in_two(state: TrainState, frozen: Any, batch: Batch, rng: Array) -> tuple[TrainState, Metrics]:
-            gradients, metrics = of_batch(state.params, state.step, frozen, batch, rng)
-            return _update_all(_compiled_update, optimizer, state, gradients, metrics)
+            gradients, metrics = differentiate(state.params, state.step, frozen, batch, rng)
+            norms = {name: _norm(gradient) for name, gradient in gradients.items()}
+            return _update_all(_compiled_update, optimizer, state, gradients, norms, metrics)
 
         return in_two
     if state_sharding is None:
@@ -90,25 +87,64 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(state_sharding, everywhere))
 
 
+def on_one_cpu() -> bool:
+    """Whether programs are compiled for a single CPU device, where compiling takes longest beside running."""
+    return platform() == "cpu" and num_devices() == 1
+
+
+@functools.lru_cache(maxsize=8)
+def compiled_gradients(
+    objective: Objective, accumulation: Accumulation | None
+) -> Callable[..., tuple[Any, Metrics]]:
+    """(params, step, frozen, batch, rng) -> gradients and metrics: one program, whoever asks for it."""
+    return jax.jit(functools.partial(_gradients, objective, accumulation))
+
+
+def _gradients(
+    objective: Objective,
+    accumulation: Accumulation | None,
+    params: Any,
+    step: Array,
+    frozen: Any,
+    batch: Batch,
+    rng: Array,
+) -> tuple[Any, Metrics]:
+    arguments = params, frozen, batch, jax.random.fold_in(rng, step)
+    if accumulation is None:
+        (loss, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(*arguments)
+    else:
+        (loss, metrics), gradients = accumulate(objective, accumulation, *arguments)
+    return gradients, metrics | {"loss": loss}
+
+
 def _update_all(
     update: Callable[..., tuple[Any, Any]],
     optimizer: Optimizer,
     state: TrainState,
     gradients: Mapping[str, Any],
+    norms: Mapping[str, Array],
     metrics: Metrics,
 ) -> tuple[TrainState, Metrics]:
     """The state after a step, and its metrics with the norm of each network's gradient."""
-    norms = {f"{name}/gradient_norm": _norm(gradient) for name, gradient in gradients.items()}
     finite, step = _count([metrics["loss"], *norms.values()], state.step)
     params, opt_state = {}, {}
     for name, gradient in gradients.items():
         params[name], opt_state[name] = update(
-            optimizer, state.params[name], state.opt_state[name], gradient, finite
+            optimizer, state.params[name], state.opt_state[name], gradient, norms[name], finite
         )
-    return TrainState(step, params, opt_state), metrics | norms
+    return TrainState(step, params, opt_state), {
+        **metrics,
+        **{f"{name}/gradient_norm": norm for name, norm in norms.items()},
+    }
 
 
-_norm = jax.jit(optax.global_norm)
+@jax.jit
+def _norm(gradient: Any) -> Array:
+    """The norm over all parameters; small ones go into one vector, as each would be a loop to compile."""
+    leaves = jax.tree.leaves(gradient)
+    vectors = [leaf for leaf in leaves if leaf.size > SMALL]
+    vectors.append(jnp.concatenate([leaf.ravel() for leaf in leaves if leaf.size <= SMALL] or [jnp.zeros(1)]))
+    return jnp.sqrt(sum(jnp.sum(jnp.square(v)) for v in vectors))
 
 
 @jax.jit
@@ -119,10 +155,10 @@ def _count(values: Sequence[Array], step: Array) -> tuple[Array, Array]:
 
 
 def _update(
-    optimizer: Optimizer, params: Any, opt_state: Any, gradient: Any, finite: Array
+    optimizer: Optimizer, params: Any, opt_state: Any, gradient: Any, norm: Array, finite: Array
 ) -> tuple[Any, Any]:
     """One network's parameters and optimizer state after a step, the old ones where it does not count."""
-    updates, new_state = optimizer.update(gradient, opt_state, params)
+    updates, new_state = optimizer.update(gradient, opt_state, params, norm)
     new = optax.apply_updates(params, updates), new_state
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (params, opt_state))
 
