@@ -491,6 +491,20 @@ def test_cells_run_side_by_side_and_one_that_fails_stops_no_other(tmp_path, monk
     assert max(at_once) == 2
 
 
+def test_the_longest_cell_of_a_seed_starts_first(tmp_path, monkeypatch):
+    started = []
+
+    def start(cell, share, budget, output):
+        started.append(cell)
+        return subprocess.Popen([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(command, "_start", start)
+    small, deep, wide = ("bert", "3L8H"), ("dilbert", "9L9H"), ("dilbert", "3L8H")
+    todo = [Cell("phantom", *which, seed) for seed in (0, 1) for which in (small, wide, deep)]
+    command.run_side_by_side(todo, 1, "smoke", tmp_path)
+    assert started == [Cell("phantom", *which, seed) for seed in (0, 1) for which in (deep, wide, small)]
+
+
 # -- the real thing --------------------------------------------------------------------------------------------
 
 
