@@ -52,7 +52,7 @@ def test_every_pocus_clip_reads_and_keeps_its_tissue(capfd):
         ("busi", 341, 0.02),
         ("usss/abdominal_US/abdominal_US/RUS/images", 420, 0.02),
         ("usss/abdominal_US/abdominal_US/AUS/images", 18, 0.02),
-        ("kmve/Data", 839, 0.15),
+        pytest.param("kmve/Data", 839, 0.15, marks=pytest.mark.slow),
     ],
 )
 def test_every_still_reads_and_keeps_its_tissue(folder, count, limit):
