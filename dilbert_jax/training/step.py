@@ -54,7 +54,8 @@ def make_step(
     as it was, so that the loop can stop with a good checkpoint. The state that goes in is given up.
 
     On one CPU device gradients and updates are two programs, and all networks of all stages share that of the update:
-    for each parameter it has about as much to compile as the gradients have. Elsewhere a step is one program.
+    with loops of its own for every parameter, a small network's takes as long to compile as its gradients. Elsewhere a
+    step is one program.
 
     Args:
       objective: (params, frozen, batch, rng) -> (loss, metrics), with a `Part` as fifth argument where it accumulates.
