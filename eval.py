@@ -3,11 +3,12 @@
 python eval.py --workdir=runs/quickstart [--split=test]
 """
 
-import logging
 import pathlib
 import sys
 
 from absl import app, flags
+
+from dilbert_jax.console import log_to_console
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "A run that train.py completed.", required=True)
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Which studies.")
@@ -16,8 +17,7 @@ _SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Wh
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; flags start with --")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells every detail of every save
+    log_to_console()
     workdir = pathlib.Path(_WORKDIR.value)
 
     from dilbert_jax import run

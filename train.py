@@ -5,13 +5,14 @@
 Run the same command again to resume an interrupted run, or to be told that all is done.
 """
 
-import logging
 import pathlib
 import sys
 import time
 
 from absl import app, flags
 from ml_collections import config_flags
+
+from dilbert_jax.console import log_to_console
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/quickstart.py.")
 _WORKDIR = flags.DEFINE_string(
@@ -26,8 +27,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; flags start with --")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells every detail of every save
+    log_to_console()
     config = _CONFIG.value
     path = pathlib.Path(flags.FLAGS["config"].config_filename)  # type: ignore[attr-defined]
     workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / path.stem)

@@ -24,6 +24,7 @@ import ml_collections
 
 from dilbert_jax import run
 from dilbert_jax.config import load_config, save_config
+from dilbert_jax.console import log_to_console
 from dilbert_jax.evaluation.statistics import holm, mean_interval, paired_difference, paired_p
 from dilbert_jax.training.log import read_metrics
 from dilbert_jax.training.loop import STAGES, is_complete, stage_names
@@ -291,8 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", nargs="+", help="these only (and the first); default all")
     parser.add_argument("--network", choices=NETWORKS, default="student", help="whose figures to compare")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    log_to_console()
     command = "python -m dilbert_jax.ablation " + " ".join(argv if argv is not None else sys.argv[1:])
     try:
         configs = load_variants(args.config, args.variants)

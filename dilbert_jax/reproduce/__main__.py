@@ -8,7 +8,6 @@ Prints the plan first. Run the same command again to resume: finished cells are 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import pathlib
 import signal
@@ -19,6 +18,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from dilbert_jax.console import log_to_console
 from dilbert_jax.models import SYSTEMS, find_system
 from dilbert_jax.quick_compile import quick_compilation
 from dilbert_jax.reproduce.cells import read_cell, reuse_records, run_cells, workdir_of
@@ -151,8 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--report", action="store_true", help="run nothing: report on the cells that are finished"
     )
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    log_to_console()
     if BUDGETS[args.budget].quick_compile:
         os.environ["XLA_FLAGS"] = quick_compilation(os.environ.get("XLA_FLAGS", ""))
     command = f"python -m dilbert_jax.reproduce --budget={args.budget} --output={args.output}"
