@@ -14,7 +14,8 @@ import ml_collections
 from dilbert_jax import flops
 from dilbert_jax.config import default_config
 from dilbert_jax.models import find_system
-from dilbert_jax.random_inputs import init_network
+from dilbert_jax.models.network import NetworkConfig
+from dilbert_jax.random_inputs import init_network, random_model
 
 TABLES = ("IV", "V", "VI", "VII")
 FIGURES = ("7", "8", "9", "10")
@@ -231,8 +232,14 @@ def cell_config(cell: Cell, budget: str) -> ml_collections.ConfigDict:
 
 def count_parameters(config: ml_collections.ConfigDict) -> int:
     """Parameters of one network, with label spaces of a middling size; the vocabulary is the configuration's."""
-    shapes = jax.eval_shape(functools.partial(init_network, config), jax.random.key(0))
-    return flops.count_parameters(shapes)
+    model = random_model(config)
+    if model not in _counted:  # tracing an initialisation takes a second or two
+        shapes = jax.eval_shape(functools.partial(init_network, config), jax.random.key(0))
+        _counted[model] = flops.count_parameters(shapes)
+    return _counted[model]
+
+
+_counted: dict[NetworkConfig, int] = {}
 
 
 def _sizes(config: ml_collections.ConfigDict) -> str:
