@@ -323,13 +323,17 @@ class ExampleBuilder:
         candidates = np.flatnonzero(possible)
         return int(rng.choice(candidates)) if len(candidates) else index
 
-    def annotation(self, index: int, rng: np.random.Generator, *, train: bool = True) -> Example:
+    def annotation(
+        self, index: int, rng: np.random.Generator, *, train: bool = True, annotated: bool | None = None
+    ) -> Example:
         """One example for fine-tuning or evaluation: the clip alone, regions from the grid, no report.
 
         In training annotated boxes come along with their labels, masked: the network is asked what they show, and
-        nothing else can look at them, so that no box gives a finding away.
+        nothing else can look at them, so that no box gives a finding away. `annotated` says so without training, as
+        where the loss is validated.
         """
-        example, is_annotated = self._visual(index, rng if train else None, annotated=train)
+        annotated = train if annotated is None else annotated
+        example, is_annotated = self._visual(index, rng if train else None, annotated=annotated)
         example["region_mask"] &= ~is_annotated
         if not self.store.studies[index].region_labels:
             # Without annotated boxes every region carries the clip's organ, which is no evidence of a place.

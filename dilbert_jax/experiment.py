@@ -48,24 +48,28 @@ class ModelContext:
         return LossConfig(**self.config.loss)
 
     def init_params(self, key: jax.Array) -> Any:
-        """Freshly initialised parameters of one network."""
-        spec = self.spec
-        frames = jnp.zeros((1, spec.num_frames, self.config.data.size, self.config.data.size), jnp.uint8)
-        tokens = jnp.zeros((1, spec.max_tokens), jnp.int32)
+        """Freshly initialised parameters of one network.
+
+        Only shapes go in: called as it is, JAX compiles what draws the numbers once for every shape of a parameter, and
+        not for every parameter, which takes longer than compiling a training step. Under `jax.jit` it is one program.
+        """
+        spec, shape = self.spec, jax.ShapeDtypeStruct
+        tokens = shape((1, spec.max_tokens), jnp.int32)
         regions = spec.num_grid_regions
+        size = self.config.data.size
         arguments = (
-            frames,
-            jnp.ones(frames.shape[:2], bool),
-            jnp.zeros((1, regions, 4), jnp.float32),
-            jnp.zeros((1, regions), jnp.int32),
-            jnp.ones((1, regions), bool),
+            shape((1, spec.num_frames, size, size), jnp.uint8),
+            shape((1, spec.num_frames), jnp.bool_),
+            shape((1, regions, 4), jnp.float32),
+            shape((1, regions), jnp.int32),
+            shape((1, regions), jnp.bool_),
             tokens,
             tokens,
-            jnp.ones(tokens.shape, bool),
-            jnp.zeros((1, spec.max_masked_tokens), jnp.int32),
-            *map(jnp.asarray, self.entity_names),
+            shape(tokens.shape, jnp.bool_),
+            shape((1, spec.max_masked_tokens), jnp.int32),
+            *(shape(names.shape, names.dtype) for names in map(jnp.asarray, self.entity_names)),
         )
-        return jax.jit(self.model.init)(key, *arguments)["params"]
+        return self.model.lazy_init(key, *arguments)["params"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,8 @@ def use_compilation_cache() -> None:
     folder = root / "dilbert_jax" / "xla"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    # Small programs too: initialisation is made of many.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def join_processes() -> None:

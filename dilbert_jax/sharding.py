@@ -215,3 +215,8 @@ def num_devices() -> int:
     """Devices of the mesh that is set; 1 outside of a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.size
+
+
+def on_one_cpu() -> bool:
+    """Whether programs are compiled for a single CPU device, where compiling takes longest beside running."""
+    return platform() == "cpu" and num_devices() == 1

@@ -20,7 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if cache is None:  # -p no:cacheprovider
         return
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.mkdir("compilation")))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.0")
 
 
 def _folder_from_environment(variable: str) -> Path:

@@ -1,14 +1,17 @@
 """One of several processes that train the mutual stage together; tests/test_distributed.py starts them.
 
-python distributed_training.py CONFIG.json WORKDIR STOP_AFTER [--distributed]
+python distributed_training.py CONFIG.json WORKDIR STOP_AFTER [--distributed] [--linear]
 
+With --linear the networks are linear functions of a clip's rows, which compile at once; all else is the same.
 Goes to the end, or is told to stop after so many steps: only the last process gets the signal.
 """
 
+import dataclasses
 import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
 
 from dilbert_jax import run
 from dilbert_jax.config import load_config
@@ -17,6 +20,17 @@ from dilbert_jax.sharding import make_mesh
 from dilbert_jax.training import loop
 from dilbert_jax.training.checkpoints import sync
 from dilbert_jax.training.log import MetricsLog
+
+
+def linear_objective(params, frozen, batch, rng):
+    """How far a clip's rows are from saying whether the report is its own."""
+    del frozen, rng
+    rows = batch["frames"].astype(jnp.float32).mean((1, 3)) / 255.0
+    losses = {
+        f"{name}/loss": jnp.square(rows @ network["rows"] - batch["matched"]).mean()
+        for name, network in params.items()
+    }
+    return sum(losses.values()), losses
 
 
 def main() -> None:
@@ -48,10 +62,16 @@ def main() -> None:
     loop.DeferredInterrupt = Interrupt
     mesh = make_mesh()
     with jax.set_mesh(mesh):
+        linear = "--linear" in sys.argv
         start = {
-            name: loop._initial_params(experiment, seed, mesh) for seed, name in enumerate(loop.NETWORKS)
+            name: {"rows": jnp.full(experiment.context.config.data.size, 0.1 * seed)}
+            if linear
+            else loop._initial_params(experiment, seed, mesh)
+            for seed, name in enumerate(loop.NETWORKS)
         }
         stage = loop._make_stage("mutual", experiment, start, mesh)
+        if linear:
+            stage = dataclasses.replace(stage, objective=linear_objective, frozen={})
         try:
             loop._run_stage(stage, experiment, workdir, MetricsLog(workdir), mesh)
         except KeyboardInterrupt:

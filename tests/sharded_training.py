@@ -4,6 +4,7 @@ python sharded_training.py OUTPUT.npz DATA,FSDP,TENSOR[,MICRO_BATCHES] ...
 """
 
 import contextlib
+import dataclasses
 import functools
 import sys
 
@@ -18,7 +19,8 @@ from dilbert_jax.training import step as steps
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 NUM_STEPS, BATCH_SIZE = 10, 16
-MODEL = Dilbert(CONFIG)
+SMALL = dataclasses.replace(CONFIG, num_layers=1)  # compiling dominates
+MODEL = Dilbert(SMALL)
 LOSS = objectives.LossConfig(summary=0.5, temperature=2.0, reduction="mean_valid")
 
 
@@ -31,8 +33,8 @@ def train(data: int, fsdp: int, tensor: int, micro_batches: int = 1):
     accumulation = None
     if micro_batches > 1:
         accumulation = objectives.mutual_accumulation(MODEL, LOSS, micro_batches, relate=True)
-    networks = {name: jax.device_get(init_params(i)) for i, name in enumerate(objectives.NETWORKS)}
-    frozen = {name: jax.device_get(init_params(i + 2)) for i, name in enumerate(objectives.NETWORKS)}
+    networks = {name: jax.device_get(init_params(i, SMALL)) for i, name in enumerate(objectives.NETWORKS)}
+    frozen = {name: jax.device_get(init_params(i + 2, SMALL)) for i, name in enumerate(objectives.NETWORKS)}
     placed = shardings(jax.eval_shape(create, networks), mesh)
     losses = []
     with jax.set_mesh(mesh):

@@ -22,11 +22,11 @@ STOP_AFTER = 4
 pytestmark = pytest.mark.numerics
 
 
-def launch(config, workdir, processes, stop_after=0):
+def launch(config, workdir, processes, stop_after=0, *options):
     """Trains with so many processes; fails with the output of the one that failed."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "OMP_NUM_THREADS": "1"}
     environment["XDG_CACHE_HOME"] = str(config.parent)
-    command = [sys.executable, SCRIPT, config, workdir, str(stop_after)]
+    command = [sys.executable, SCRIPT, config, workdir, str(stop_after), *options]
     if processes > 1:
         command.append("--distributed")
         with socket.socket() as free:
@@ -96,6 +96,20 @@ def stopped(config, tmp_path_factory):
     return workdir
 
 
+def test_two_processes_train_a_linear_network_as_one_and_one_continues(config, tmp_path):
+    """Who reads what, who stops when, and who writes: all of it but the compiler's work on a real network."""
+    launch(config, tmp_path / "alone", 1, 0, "--linear")
+    launch(config, tmp_path / "run", 2, STOP_AFTER, "--linear")
+    assert len(losses(tmp_path / "run")["student/loss"]) == STOP_AFTER
+    launch(config, tmp_path / "run", 1, 0, "--linear")
+    ours, theirs = losses(tmp_path / "run"), losses(tmp_path / "alone")
+    for network in ("teacher", "student"):
+        values = theirs[f"{network}/loss"]
+        assert len(values) > STOP_AFTER + 2 and values[-1] < values[0]
+        np.testing.assert_allclose(ours[f"{network}/loss"], values, rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_one_continues(experiment, config, alone, stopped, tmp_path):
     workdir = shutil.copytree(stopped, tmp_path / "run")
     launch(config, workdir, 1)

@@ -361,3 +361,12 @@ def test_fine_tuning_asks_what_annotated_boxes_show_and_evaluation_does_not(buil
     assert set(labels) <= set(study.region_labels)
     assert example["boxes"].shape == (SPEC.num_grid_regions + 3, 4)
     assert builder.annotation(0, np.random.default_rng(3), train=False)["region_mask"].all()
+
+
+def test_the_loss_is_validated_on_what_fine_tuning_asks(builder):
+    again = [builder.annotation(0, np.random.default_rng(i), train=False, annotated=True) for i in range(2)]
+    for name, value in again[0].items():
+        np.testing.assert_array_equal(value, again[1][name], err_msg=name)  # nothing is drawn
+    in_training = builder.annotation(0, np.random.default_rng(3), train=True)
+    assert {k: v.shape for k, v in again[0].items()} == {k: v.shape for k, v in in_training.items()}
+    assert (~again[0]["region_mask"] & (again[0]["region_labels"] >= 0)).sum() == SPEC.max_annotated_regions

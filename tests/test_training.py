@@ -205,6 +205,15 @@ def test_weights_are_read_whatever_optimizer_was_saved_beside_them(tmp_path):
     np.testing.assert_array_equal(restored["params"]["student"]["w"], [0.0, 1.0, 2.0])
 
 
+@pytest.mark.numerics
+def test_initialisation_is_the_same_in_one_program(experiment):
+    # As it is on one CPU device; in a program on meshes.
+    init, key = experiment.context.init_params, jax.random.key(3)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), init(key), jax.jit(init)(key)
+    )
+
+
 # --- whole runs -------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 
 import jax
@@ -85,13 +84,9 @@ NAMES = (np.arange(E * 3).reshape(E, 3).astype(np.int32), np.ones((E, 3), bool))
 
 def init_params(seed: int = 0, config: NetworkConfig = CONFIG):
     batch = make_batch(batch_size=1)
-    arguments = [batch[name] for name in VISUAL]
-    return _init(config)(jax.random.key(seed), *arguments, batch["mlm_positions"], *NAMES)["params"]
-
-
-@functools.cache
-def _init(config: NetworkConfig):
-    return jax.jit(make_network(config).init)
+    arguments = [*(batch[name] for name in (*VISUAL, "mlm_positions")), *NAMES]
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arguments]
+    return make_network(config).lazy_init(jax.random.key(seed), *shapes)["params"]
 
 
 def to_device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -25,7 +25,7 @@ from dilbert_jax.experiment import Experiment
 from dilbert_jax.flops import count_parameters
 from dilbert_jax.input_pipeline import evaluation_batches, training_batches
 from dilbert_jax.models import find_system
-from dilbert_jax.sharding import local_part, make_mesh, put, put_batch, replicated, shardings
+from dilbert_jax.sharding import local_part, make_mesh, on_one_cpu, put, put_batch, replicated, shardings
 from dilbert_jax.training import objectives
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.accumulation import Accumulation, Part
@@ -192,7 +192,10 @@ def _initial_params(experiment: Experiment, seed: int, mesh: Mesh) -> Any:
     context = experiment.context
     key, train_config = jax.random.key(seed), context.config.train
     placed = shardings(jax.eval_shape(context.init_params, key), mesh)
-    params = jax.jit(context.init_params, out_shardings=placed)(key)
+    # On one device as it is: in a program of its own every parameter would be compiled by itself.
+    params = (
+        context.init_params(key) if on_one_cpu() else jax.jit(context.init_params, out_shardings=placed)(key)
+    )
     prepare = find_system(context.config.model.name).prepare
     if train_config.entity_weights or train_config.video_weights or prepare:
         params = jax.device_get(put(params, jax.tree.map(lambda _: replicated(mesh), params)))
@@ -383,16 +386,18 @@ def _validate(
 ) -> dict[str, float]:
     """Mean of the stage's loss terms over the validation studies (with this stage's dropout switched on).
 
-    On one CPU device the program of the gradients is there already, for batches of this shape (in fine-tuning they are
-    of another, without annotated regions): to run it takes less time than to compile one for the terms alone.
+    On one CPU device the program of the gradients is there already, for batches of this shape: to run it takes less
+    time than to compile one for the terms alone.
     """
     indices = experiment.indices["validation"]
     if not len(indices):
         return {}
-    build = experiment.builder.annotation if stage.name == "finetune" else experiment.builder.pretraining
+    build: Any = experiment.builder.pretraining
+    if stage.name == "finetune":
+        build = functools.partial(experiment.builder.annotation, annotated=True)
     batch_size = experiment.context.config.train.batch_size
     size = min(batch_size, len(indices))
-    if steps.on_one_cpu() and size == batch_size and not stage.accumulation and stage.name != "finetune":
+    if on_one_cpu() and size == batch_size and not stage.accumulation:
         gradients = steps.compiled_gradients(stage.objective, None)
 
         def measure(batch: Any) -> dict[str, jax.Array]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dilbert_jax.sharding import num_devices, platform, replicated
+from dilbert_jax.sharding import on_one_cpu, replicated
 from dilbert_jax.training.accumulation import Accumulation, Batch, Metrics, Objective, accumulate
 from dilbert_jax.training.optimizer import Optimizer
 
@@ -86,11 +86,6 @@ def make_step(
         return jax.jit(step, donate_argnums=0)
     everywhere = jax.tree.map(lambda s: replicated(s.mesh), state_sharding.step)
     return jax.jit(step, donate_argnums=0, out_shardings=(state_sharding, everywhere))
-
-
-def on_one_cpu() -> bool:
-    """Whether programs are compiled for a single CPU device, where compiling takes longest beside running."""
-    return platform() == "cpu" and num_devices() == 1
 
 
 @functools.lru_cache(maxsize=8)
