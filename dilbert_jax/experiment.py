@@ -69,7 +69,8 @@ class ModelContext:
             shape((1, spec.max_masked_tokens), jnp.int32),
             *(shape(names.shape, names.dtype) for names in map(jnp.asarray, self.entity_names)),
         )
-        return self.model.lazy_init(key, *arguments)["params"]
+        params = self.model.lazy_init(key, *arguments)["params"]
+        return jax.tree.map(jnp.asarray, params)  # constants come as another kind of array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -140,7 +140,9 @@ def shared_config(factory: pytest.TempPathFactory) -> ml_collections.ConfigDict:
         name="ahjuui", manual_dir=str(root / "export"), data_dir=str(root / "prepared"), min_entity_count=2
     )
     config.model.num_layers = 1  # compiling dominates
-    config.train.update(mutual_epochs=3.0, finetune_epochs=16.0)
+    # Batches no larger than the validation set, whose loss then needs no programs of its own.
+    config.train.update(batch_size=4, teacher_epochs=1.0, student_epochs=1.0)
+    config.train.update(mutual_epochs=1.5, finetune_epochs=8.0)
     config.evaluate.mask_repeats = 8
     return config
 

@@ -461,7 +461,8 @@ def test_the_same_command_trains_and_evaluates_a_baseline(name, tmp_path, monkey
     )  # the quick one: compiling dominates
     with pytest.raises(ValueError, match="single_network"):
         check_config(config)
-    config.train.single_network = True
+    # Batches no larger than the validation set, whose loss then needs no programs of its own.
+    config.train.update(single_network=True, batch_size=4, student_epochs=1.0, finetune_epochs=1.0)
     assert stage_names(config) == ("student", "finetune")
     report = run.train_and_report(config, tmp_path / "run")
     assert report.exists() and (tmp_path / "run" / "eval.json").exists()

@@ -223,7 +223,9 @@ def test_both_networks_and_snapshots_see_the_same_corrupted_batch(networks, batc
     assert_close(gradient["teacher"], gradient["student"], 1e-6)
 
 
-@pytest.mark.parametrize(("stage", "k"), [("mutual", 4), ("pretraining", 2), ("annotation", 2)])
+@pytest.mark.parametrize(
+    ("stage", "k"), [("mutual", 4), pytest.param("pretraining", 2, marks=pytest.mark.slow), ("annotation", 2)]
+)
 def test_micro_batches_add_up_to_the_batch(stage, k):
     """Every term and gradient: masked means over few, uneven positions and relations between all samples."""
     batch = make_batch(3, 8)
@@ -270,6 +272,7 @@ def test_micro_batches_add_up_to_the_batch(stage, k):
     assert_close(other_gradient, gradient, 1e-4)
 
 
+@pytest.mark.slow
 def test_relations_within_micro_batches_are_another_loss():
     batch = to_device(make_batch(3, 8))
     networks = {name: init_params(i, SMALL) for i, name in enumerate(objectives.NETWORKS)}

@@ -25,6 +25,7 @@ def lost_share(frames, blanked):
     return (tissue & (frames != blanked).any(0)).sum() / max(1, tissue.sum())
 
 
+@pytest.mark.slow  # preparing the set, which the quick tests do, reads every clip too
 @needs_data
 def test_every_pocus_clip_reads_and_keeps_its_tissue(capfd):
     paths = find_media(ROOT / "pocus" / "data" / "pocus_videos")

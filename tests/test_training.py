@@ -120,9 +120,9 @@ def test_a_value_that_cannot_work_is_named(field, value):
 def test_a_workdir_of_another_configuration_is_refused(experiment, tmp_path):
     config = load_config_of(experiment)
     save_config(config, tmp_path / "config.json")
-    config.train.batch_size = 4
+    config.train.batch_size = 2
     config.seed = 5
-    with pytest.raises(ValueError, match=r"seed: 0 -> 5; train\.batch_size: 8 -> 4.*--workdir"):
+    with pytest.raises(ValueError, match=r"seed: 0 -> 5; train\.batch_size: 4 -> 2.*--workdir"):
         open_experiment(config, tmp_path)
 
 
@@ -221,7 +221,7 @@ def test_every_stage_runs_to_its_end(trained):
     config, workdir = trained
     expected = {"teacher": 4, "student": 4, "mutual": 5, "finetune": 28}
     for stage, count in expected.items():
-        assert count == round(config.train[f"{stage}_epochs"] * 14 / 8)
+        assert count == round(config.train[f"{stage}_epochs"] * 14 / 4)
         checkpoints = StageCheckpoints(workdir, stage)
         assert checkpoints.latest_step() == count
         checkpoints.close()
@@ -340,7 +340,9 @@ def test_a_diverged_step_names_stage_step_term_and_studies(trained, tmp_path, mo
     config, workdir = trained
     copy = copy_until(workdir, tmp_path, "finetune")
     experiment = open_experiment(config, copy)
-    expected = loop.training_batches(experiment.builder.annotation, experiment.indices["train"], 8, 3)
+    expected = loop.training_batches(
+        experiment.builder.annotation, experiment.indices["train"], config.train.batch_size, 3
+    )
     next(expected), next(expected)
     ids = [experiment.store.studies[i].study_id for i in next(expected)["study"]]
     with monkeypatch.context() as patch:

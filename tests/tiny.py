@@ -86,7 +86,8 @@ def init_params(seed: int = 0, config: NetworkConfig = CONFIG):
     batch = make_batch(batch_size=1)
     arguments = [*(batch[name] for name in (*VISUAL, "mlm_positions")), *NAMES]
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arguments]
-    return make_network(config).lazy_init(jax.random.key(seed), *shapes)["params"]
+    params = make_network(config).lazy_init(jax.random.key(seed), *shapes)["params"]
+    return jax.tree.map(jnp.asarray, params)
 
 
 def to_device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
