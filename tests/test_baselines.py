@@ -455,7 +455,7 @@ def test_a_few_clips_are_learned_by_heart(name):
 )
 def test_the_same_command_trains_and_evaluates_a_baseline(name, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "use_compilation_cache", lambda: None)
-    config = tiny_run_config(data_dir=str(tmp_path / "data"))
+    config = tiny_run_config(name="phantom/small", data_dir=str(tmp_path / "data"))
     config.model.update(
         name=name, num_layers=1 if name == "videobert" else 2
     )  # the quick one: compiling dominates

@@ -12,6 +12,7 @@ from dilbert_jax.data.record import check, from_example
 from dilbert_jax.datasets import SPLITS, open_split, prepare
 
 pytestmark = [
+    pytest.mark.xdist_group("builders_real"),  # one worker, or both would prepare the same sets
     pytest.mark.real_data,
     pytest.mark.skipif(not os.environ.get("DILBERT_DATA_DIR"), reason="DILBERT_DATA_DIR is not set"),
 ]

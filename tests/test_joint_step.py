@@ -17,7 +17,8 @@ from dilbert_jax.training import step as steps
 from dilbert_jax.training.accumulation import Accumulation, accumulate
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
 
-pytestmark = pytest.mark.numerics
+# One worker, or both would compile the same programs at the same time.
+pytestmark = [pytest.mark.numerics, pytest.mark.xdist_group("joint_step")]
 
 SMALL = dataclasses.replace(CONFIG, num_layers=1, dropout=0.0)  # compiling dominates
 MODEL = Dilbert(SMALL)

@@ -425,7 +425,7 @@ def test_a_seventh_system_is_a_file_and_a_line_of_configuration(two_tower):
 @pytest.mark.slow
 def test_the_seventh_system_trains_as_documented(two_tower, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "use_compilation_cache", lambda: None)
-    config = tiny_run_config(data_dir=str(tmp_path / "data"))
+    config = tiny_run_config(name="phantom/small", data_dir=str(tmp_path / "data"))
     config.update_from_flattened_dict(overrides())
     assert run.train_and_report(config, tmp_path / "run").exists()
 

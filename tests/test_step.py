@@ -15,7 +15,8 @@ from dilbert_jax.training import objectives
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
-pytestmark = pytest.mark.numerics
+# One worker, or both would compile the same programs at the same time.
+pytestmark = [pytest.mark.numerics, pytest.mark.xdist_group("step")]
 
 SMALL = dataclasses.replace(CONFIG, num_layers=1, dropout=0.0)  # compiling dominates
 MODEL = Dilbert(SMALL)
