@@ -50,8 +50,8 @@ class ModelContext:
     def init_params(self, key: jax.Array) -> Any:
         """Freshly initialised parameters of one network.
 
-        Only shapes go in: called as it is, JAX compiles what draws the numbers once for every shape of a parameter, and
-        not for every parameter, which takes longer than compiling a training step. Under `jax.jit` it is one program.
+        Only shapes go in: called as it is, JAX compiles what draws the numbers once for every shape of a parameter.
+        Under `jax.jit` it is one program that holds them for every parameter: with many layers it compiles longer.
         """
         spec, shape = self.spec, jax.ShapeDtypeStruct
         tokens = shape((1, spec.max_tokens), jnp.int32)
