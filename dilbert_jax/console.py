@@ -5,6 +5,9 @@ import logging
 
 def log_to_console() -> None:
     """Shows this package's messages as they are, and of the libraries only warnings."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells every detail of every save
-    logging.getLogger("jax").setLevel(logging.WARNING)  # JAX tells which accelerators it did not find
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    for own in ("dilbert_jax", "__main__"):
+        logging.getLogger(own).setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(
+        logging.WARNING
+    )  # has a level of its own, and Orbax tells it every detail
