@@ -263,22 +263,26 @@ def test_a_worker_passes_its_error_on():
 
 
 USER_OF_WORKERS = """
-import signal
+import contextlib
 
 from dilbert_jax.input_pipeline import training_batches
+from dilbert_jax.training.interrupt import DeferredInterrupt
 from small_builder import make_builder
 
 if __name__ == "__main__":
-    # A shell that starts tests in the background has them ignore it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for batch in training_batches(make_builder().pretraining, range(12), 8, 0, num_workers=2):
-        print("ready", flush=True)
+    # Python's own handler raises in whatever runs, and loses the error where that is a finalizer.
+    with DeferredInterrupt() as interrupt, contextlib.ExitStack() as stack:
+        stream = training_batches(make_builder().pretraining, range(12), 8, 0, num_workers=2)
+        for batch in stack.enter_context(contextlib.closing(stream)):
+            print("ready", flush=True)
+            if interrupt.requested:
+                break
 """
 
 
 @pytest.mark.parametrize("end", ["interrupt", "terminate", "kill"])
 def test_no_worker_outlives_its_parent(tmp_path, end):
-    """Ctrl-C reaches the whole group and must end it in order; a parent that dies cannot tell its workers."""
+    """A signal reaches the whole group and must end it in order; a parent that dies cannot tell its workers."""
     (tmp_path / "user.py").write_text(USER_OF_WORKERS, encoding="utf-8")
     process = subprocess.Popen(
         [sys.executable, tmp_path / "user.py"],
@@ -295,6 +299,7 @@ def test_no_worker_outlives_its_parent(tmp_path, end):
         os.killpg(process.pid, signal.SIGINT if end == "interrupt" else signal.SIGTERM)
     # The workers hold the pipe too: it ends with the last of them.
     _, errors = process.communicate(timeout=90)
-    if end == "interrupt":
-        assert errors.decode().count("Traceback") == 1 and b"KeyboardInterrupt" in errors
-        assert process.returncode == -signal.SIGINT
+    if end == "kill":
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert (process.returncode, errors) == (0, b"")

@@ -239,7 +239,7 @@ def test_the_norm_of_a_gradient_and_clipping_by_it_are_those_of_optax(scale, rng
     shapes = [(3,), (2, 5), (300, 300), ()]
     gradient = {str(s): jnp.asarray(scale * rng.standard_normal(s), jnp.float32) for s in shapes}
     norm = steps._norm(gradient)
-    np.testing.assert_allclose(norm, optax.global_norm(gradient), rtol=1e-6)
+    np.testing.assert_allclose(norm, optax.tree.norm(gradient), rtol=1e-6)
     optimizer = make_optimizer(OptimizerConfig("sgd", 1.0, 0.0, momentum=0.0, warmup_fraction=0.0), 10)
     expected, _ = optax.clip_by_global_norm(1.0).update(gradient, optax.EmptyState())
     for known in (norm, None):

@@ -86,7 +86,7 @@ def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
 
     def update(gradient: Any, state: Any, params: Any = None, *, norm: Array | None = None, **_: Any) -> Any:
         del params
-        norm = optax.global_norm(gradient) if norm is None else norm
+        norm = optax.tree.norm(gradient) if norm is None else norm
         scale = jnp.where(norm < max_norm, 1.0, max_norm / norm)
         return jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient), state
 

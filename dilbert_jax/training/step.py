@@ -70,7 +70,7 @@ def make_step(
         if state_sharding is not None:
             # A device adds up and keeps the part of each gradient whose parameters it updates.
             gradients = jax.lax.with_sharding_constraint(gradients, state_sharding.params)
-        norms = {name: optax.global_norm(gradient) for name, gradient in gradients.items()}
+        norms = {name: optax.tree.norm(gradient) for name, gradient in gradients.items()}
         return _update_all(_update, optimizer, state, gradients, norms, metrics)
 
     if on_one_cpu():
