@@ -1,6 +1,8 @@
 """Ten steps of mutual learning on each of several meshes; tests/test_sharding.py runs it with simulated devices.
 
-python sharded_training.py OUTPUT.npz DATA,FSDP,TENSOR[,MICRO_BATCHES] ...
+python sharded_training.py OUTPUT.npz [--alone] DATA,FSDP,TENSOR[,MICRO_BATCHES] ...
+
+With --alone there is a student and no teacher, which halves what has to compile.
 """
 
 import contextlib
@@ -24,7 +26,7 @@ MODEL = Dilbert(SMALL)
 LOSS = objectives.LossConfig(summary=0.5, temperature=2.0, reduction="mean_valid")
 
 
-def train(data: int, fsdp: int, tensor: int, micro_batches: int = 1):
+def train(names: tuple[str, ...], data: int, fsdp: int, tensor: int, micro_batches: int = 1):
     """Losses of every step, final parameters, and the largest share of a network that one device holds."""
     mesh = make_mesh(fsdp, tensor, jax.devices()[: data * fsdp * tensor])
     optimizer = make_optimizer(OptimizerConfig("sgd", 0.05, warmup_fraction=0.0), NUM_STEPS)
@@ -33,8 +35,8 @@ def train(data: int, fsdp: int, tensor: int, micro_batches: int = 1):
     accumulation = None
     if micro_batches > 1:
         accumulation = objectives.mutual_accumulation(MODEL, LOSS, micro_batches, relate=True)
-    networks = {name: jax.device_get(init_params(i, SMALL)) for i, name in enumerate(objectives.NETWORKS)}
-    frozen = {name: jax.device_get(init_params(i + 2, SMALL)) for i, name in enumerate(objectives.NETWORKS)}
+    networks = {name: jax.device_get(init_params(i, SMALL)) for i, name in enumerate(names)}
+    frozen = {name: jax.device_get(init_params(i + 2, SMALL)) for i, name in enumerate(names)}
     placed = shardings(jax.eval_shape(create, networks), mesh)
     losses = []
     with jax.set_mesh(mesh):
@@ -52,10 +54,11 @@ def train(data: int, fsdp: int, tensor: int, micro_batches: int = 1):
 
 
 def main() -> None:
-    output, *layouts = sys.argv[1:]
+    output, *layouts = [argument for argument in sys.argv[1:] if argument != "--alone"]
+    names = ("student",) if "--alone" in sys.argv else objectives.NETWORKS
     results = {}
     for layout in layouts:
-        losses, params, held = train(*map(int, layout.split(",")))
+        losses, params, held = train(names, *map(int, layout.split(",")))
         for name in losses[0]:
             results[f"{layout}/loss/{name}"] = np.asarray([row[name] for row in losses])
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):

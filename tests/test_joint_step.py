@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import CONFIG, NAMES, init_params, make_batch, no_compilation, to_device
+from tiny import CONFIG, NAMES, Plain, init_params, make_batch, no_compilation, to_device
 
 from dilbert_jax import losses, relational
-from dilbert_jax.models import Dilbert
 from dilbert_jax.training import objectives
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.accumulation import Accumulation, accumulate
@@ -20,8 +19,7 @@ from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
 # One worker, or both would compile the same programs at the same time.
 pytestmark = [pytest.mark.numerics, pytest.mark.xdist_group("joint_step")]
 
-SMALL = dataclasses.replace(CONFIG, num_layers=1, dropout=0.0)  # compiling dominates
-MODEL = Dilbert(SMALL)
+MODEL = Plain(dataclasses.replace(CONFIG, dropout=0.0))
 LOSS = objectives.LossConfig(summary=0.5, temperature=2.0, scale_by_square=True)
 RNG = jax.random.key(0)
 MULTI_LABEL = ("mdc", "summary")
@@ -29,12 +27,12 @@ MULTI_LABEL = ("mdc", "summary")
 
 @pytest.fixture(scope="module")
 def networks():
-    return {"teacher": init_params(1, SMALL), "student": init_params(2, SMALL)}
+    return {"teacher": init_params(1, network=MODEL), "student": init_params(2, network=MODEL)}
 
 
 @pytest.fixture(scope="module")
 def frozen():
-    return {"teacher": init_params(3, SMALL), "student": init_params(4, SMALL)}
+    return {"teacher": init_params(3, network=MODEL), "student": init_params(4, network=MODEL)}
 
 
 @pytest.fixture(scope="module")
@@ -242,8 +240,8 @@ def test_micro_batches_add_up_to_the_batch(stage, k):
         batch[name] = rng.random(batch[name].shape) < 0.4
     batch["organ"][:5] = -1
     batch = to_device(batch)
-    networks = {name: init_params(i, SMALL) for i, name in enumerate(objectives.NETWORKS)}
-    frozen = {name: init_params(i + 2, SMALL) for i, name in enumerate(objectives.NETWORKS)}
+    networks = {name: init_params(i, network=MODEL) for i, name in enumerate(objectives.NETWORKS)}
+    frozen = {name: init_params(i + 2, network=MODEL) for i, name in enumerate(objectives.NETWORKS)}
     entity_of_region = jnp.asarray([0, 1, -1, 2])
     objective = functools.partial(objectives.mutual_objective, MODEL, LOSS)
     how = objectives.mutual_accumulation(MODEL, LOSS, k, relate=True)
@@ -276,7 +274,7 @@ def test_micro_batches_add_up_to_the_batch(stage, k):
 @pytest.mark.slow
 def test_relations_within_micro_batches_are_another_loss():
     batch = to_device(make_batch(3, 8))
-    networks = {name: init_params(i, SMALL) for i, name in enumerate(objectives.NETWORKS)}
+    networks = {name: init_params(i, network=MODEL) for i, name in enumerate(objectives.NETWORKS)}
     objective = functools.partial(objectives.mutual_objective, MODEL, LOSS)
     how = objectives.mutual_accumulation(MODEL, LOSS, 2, relate=False)
     parts = jax.jit(lambda b: accumulate(objective, how, networks, networks, b, RNG)[0][1])(batch)

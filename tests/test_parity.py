@@ -40,7 +40,7 @@ from dilbert_jax.training.step import TrainState
 pytestmark = [pytest.mark.torch, pytest.mark.numerics]
 
 # As little as compiles fast: two layers once, for the maps of the last one; one stage of the 3-D CNN for training.
-DEEP = dataclasses.replace(CONFIG, dropout=0.0)
+DEEP = dataclasses.replace(CONFIG, dropout=0.0, channels=(8, 16), blocks=(1, 1))
 FLAT = dataclasses.replace(DEEP, num_layers=1)
 NARROW = dataclasses.replace(FLAT, channels=(8,), blocks=(1,))
 WEIGHTED = {

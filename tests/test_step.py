@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import CONFIG, NAMES, init_params, make_batch, no_compilation, to_device
+from tiny import CONFIG, NAMES, Plain, init_params, make_batch, no_compilation, to_device
 
-from dilbert_jax.models import Dilbert
 from dilbert_jax.training import objectives
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -18,20 +17,19 @@ from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer, make
 # One worker, or both would compile the same programs at the same time.
 pytestmark = [pytest.mark.numerics, pytest.mark.xdist_group("step")]
 
-SMALL = dataclasses.replace(CONFIG, num_layers=1, dropout=0.0)  # compiling dominates
-MODEL = Dilbert(SMALL)
+MODEL = Plain(dataclasses.replace(CONFIG, dropout=0.0))
 LOSS = objectives.LossConfig()
 RNG = jax.random.key(0)
 
 
 @pytest.fixture(scope="module")
 def networks():
-    return {"teacher": init_params(1, SMALL), "student": init_params(2, SMALL)}
+    return {"teacher": init_params(1, network=MODEL), "student": init_params(2, network=MODEL)}
 
 
 @pytest.fixture(scope="module")
 def frozen():
-    return {"teacher": init_params(3, SMALL), "student": init_params(4, SMALL)}
+    return {"teacher": init_params(3, network=MODEL), "student": init_params(4, network=MODEL)}
 
 
 def mutual(networks, frozen, batch, config=LOSS):
