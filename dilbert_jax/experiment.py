@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -22,7 +21,7 @@ from dilbert_jax.data.record import EncodedFrames, decode_png
 from dilbert_jax.examples import ExampleBuilder, InputSpec, entity_statuses
 from dilbert_jax.knowledge import KnowledgeGraph, ReportTokenizer, load_graph
 from dilbert_jax.labels import LabelSpace, build_label_space
-from dilbert_jax.models import make_network
+from dilbert_jax.models import init_params, make_network
 from dilbert_jax.models.network import Network, NetworkConfig, frames_per_step
 from dilbert_jax.training.objectives import LossConfig
 
@@ -48,29 +47,8 @@ class ModelContext:
         return LossConfig(**self.config.loss)
 
     def init_params(self, key: jax.Array) -> Any:
-        """Freshly initialised parameters of one network.
-
-        Only shapes go in: called as it is, JAX compiles what draws the numbers once for every shape of a parameter.
-        Under `jax.jit` it is one program that holds them for every parameter: with many layers it compiles longer.
-        """
-        spec, shape = self.spec, jax.ShapeDtypeStruct
-        tokens = shape((1, spec.max_tokens), jnp.int32)
-        regions = spec.num_grid_regions
-        size = self.config.data.size
-        arguments = (
-            shape((1, spec.num_frames, size, size), jnp.uint8),
-            shape((1, spec.num_frames), jnp.bool_),
-            shape((1, regions, 4), jnp.float32),
-            shape((1, regions), jnp.int32),
-            shape((1, regions), jnp.bool_),
-            tokens,
-            tokens,
-            shape(tokens.shape, jnp.bool_),
-            shape((1, spec.max_masked_tokens), jnp.int32),
-            *(shape(names.shape, names.dtype) for names in map(jnp.asarray, self.entity_names)),
-        )
-        params = self.model.lazy_init(key, *arguments)["params"]
-        return jax.tree.map(jnp.asarray, params)  # constants come as another kind of array
+        """Freshly initialised parameters of one network (`models.init_params`)."""
+        return init_params(self.model, key)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,8 @@ import ml_collections
 import numpy as np
 
 from dilbert_jax.examples import MASK_RATE
-from dilbert_jax.models import make_network
+from dilbert_jax.models import init_params, make_network
 from dilbert_jax.models.network import NetworkConfig, frames_per_step
-from dilbert_jax.training.objectives import VISUAL
 
 NAME_PIECES = 8
 # Label spaces as large as a middling data set's.
@@ -114,8 +113,5 @@ def random_names(
 
 
 def init_network(config: ml_collections.ConfigDict, key: jax.Array) -> Any:
-    """Freshly initialised parameters of one network of `random_model`; works under `jax.jit` and `jax.eval_shape`."""
-    rng = np.random.default_rng(0)
-    batch = random_batch(config, rng, batch_size=1)
-    arguments = [batch[name] for name in (*VISUAL, "mlm_positions")]
-    return make_network(random_model(config)).init(key, *arguments, *random_names(config, rng))["params"]
+    """Freshly initialised parameters of one network of `random_model` (`models.init_params`)."""
+    return init_params(make_network(random_model(config)), key)

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dilbert_jax import models
 from dilbert_jax.config import default_config
 from dilbert_jax.models import Network, NetworkConfig, make_network
 from dilbert_jax.models.network import Encoded, normalize_frames
 from dilbert_jax.models.streams import mean_valid
-from dilbert_jax.training.objectives import VISUAL
 
 B, T, S, A, R, L, M, F, C, E = 4, 4, 16, 2, 5, 12, 2, 3, 5, 6
 
@@ -128,11 +128,7 @@ NAMES = (np.arange(E * 3).reshape(E, 3).astype(np.int32), np.ones((E, 3), bool))
 
 def init_params(seed: int = 0, config: NetworkConfig = CONFIG, network: Network | None = None):
     """Of the system that the configuration names, or of a network of another kind."""
-    batch = make_batch(batch_size=1)
-    arguments = [*(batch[name] for name in (*VISUAL, "mlm_positions")), *NAMES]
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arguments]
-    params = (network or make_network(config)).lazy_init(jax.random.key(seed), *shapes)["params"]
-    return jax.tree.map(jnp.asarray, params)
+    return models.init_params(network or make_network(config), jax.random.key(seed))
 
 
 def to_device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -11,7 +11,7 @@ import importlib
 from dilbert_jax.models import dilbert
 from dilbert_jax.models.baselines import actbert, bert, cbt, hero, mmft_bert, videobert
 from dilbert_jax.models.dilbert import Dilbert
-from dilbert_jax.models.network import Network, NetworkConfig, System
+from dilbert_jax.models.network import Network, NetworkConfig, System, init_params
 
 # The systems by `model.name`, in the order of the paper's tables.
 SYSTEMS: dict[str, System] = {
@@ -24,7 +24,16 @@ SYSTEMS: dict[str, System] = {
     "dilbert": dilbert.SYSTEM,
 }
 
-__all__ = ["SYSTEMS", "Dilbert", "Network", "NetworkConfig", "System", "find_system", "make_network"]
+__all__ = [
+    "SYSTEMS",
+    "Dilbert",
+    "Network",
+    "NetworkConfig",
+    "System",
+    "find_system",
+    "init_params",
+    "make_network",
+]
 
 
 def find_system(name: str) -> System:

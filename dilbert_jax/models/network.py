@@ -31,6 +31,7 @@ from dilbert_jax.sharding import BATCH, constrain, platform
 Array = jax.Array
 MDC_TARGETS = ("description", "entity")
 VIDEO_ENCODERS = ("small", "r3d_18")
+SMALLEST = 8  # patches along each side of a frame, enough for every stage of a 3-D CNN
 REMAT_POLICIES = ("none", "dots", "full")
 
 
@@ -472,6 +473,35 @@ class Network(nn.Module):
         if self.is_initializing():
             self.own_tasks(encoded, own_task_inputs(encoded, mlm_positions), deterministic=True)
         return self.pretrain(encoded, mlm_positions), self.annotate(encoded, entity_names, entity_names_mask)
+
+
+def init_params(network: Network, key: Array) -> Any:
+    """Freshly initialised parameters of a network.
+
+    Only shapes go in, of a clip of one temporal step: no parameter depends on the size or number of what a network sees
+    beyond what its configuration says. Called as it is, JAX compiles what draws the numbers once for every shape of a
+    parameter. Under `jax.jit` it is one program that holds them for every parameter: with many layers it compiles
+    longer.
+    """
+    _, height, width = network.config.stem_patch
+    frames = (1, network.frames_per_step)
+    one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    mask = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
+    arguments: dict[str, Any] = {
+        "frames": jax.ShapeDtypeStruct((*frames, SMALLEST * height, SMALLEST * width), jnp.uint8),
+        "frame_mask": jax.ShapeDtypeStruct(frames, jnp.bool_),
+        "boxes": jax.ShapeDtypeStruct((1, 1, 4), jnp.float32),
+        "box_frames": one,
+        "region_mask": mask,
+        "token_ids": one,
+        "token_types": one,
+        "token_mask": mask,
+        "mlm_positions": one,
+        "entity_names": one,
+        "entity_names_mask": mask,
+    }
+    params = network.lazy_init(key, **arguments)["params"]
+    return jax.tree.map(jnp.asarray, params)  # constants come as another kind of array
 
 
 def own_task_inputs(encoded: Encoded, mlm_positions: Array) -> dict[str, Array]:
