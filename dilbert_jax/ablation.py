@@ -27,8 +27,8 @@ from dilbert_jax.config import load_config, save_config
 from dilbert_jax.console import log_to_console
 from dilbert_jax.evaluation.statistics import holm, mean_interval, paired_difference, paired_p
 from dilbert_jax.training.log import read_metrics
-from dilbert_jax.training.loop import STAGES, is_complete, stage_names
 from dilbert_jax.training.objectives import NETWORKS
+from dilbert_jax.training.stages import STAGES, is_complete, stage_names
 
 # The stage that reads a field first; the teacher's pre-training reads all others.
 FIRST_STAGE = {

@@ -26,8 +26,8 @@ from dilbert_jax.experiment import ModelContext, load_context
 from dilbert_jax.media import Clip, MediaError, find_media, read_clip
 from dilbert_jax.report import PAGE_SIDE, render_annotation, render_index
 from dilbert_jax.run import use_compilation_cache
-from dilbert_jax.training.loop import network_params
 from dilbert_jax.training.objectives import NETWORKS
+from dilbert_jax.training.stages import network_params
 
 MAX_FRAMES = 128  # the paper's limit of serialized images a clip
 BATCH_SIZE = 8

@@ -29,8 +29,8 @@ from dilbert_jax.input_pipeline import evaluation_batches
 from dilbert_jax.models.network import Network
 from dilbert_jax.report import RANKED_TASKS, render_report
 from dilbert_jax.training.log import read_metrics
-from dilbert_jax.training.loop import network_names, network_params, stage_names
 from dilbert_jax.training.objectives import annotation_forward, pretraining_forward, task_masks, task_targets
+from dilbert_jax.training.stages import network_names, network_params, stage_names
 from dilbert_jax.training.step import device_entries
 
 Decisions = dict[str, dict[str, Any]]

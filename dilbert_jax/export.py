@@ -23,8 +23,8 @@ from jax import export as jax_export
 import dilbert_jax
 from dilbert_jax.annotation import NOTICE, Thresholds, annotation_probabilities, build_visual
 from dilbert_jax.experiment import ModelContext, load_context
-from dilbert_jax.training.loop import is_complete, network_params
 from dilbert_jax.training.objectives import NETWORKS, VISUAL
+from dilbert_jax.training.stages import is_complete, network_params
 
 SCHEMA = "dilbert-jax/export/1"
 PLATFORMS = ("cpu", "cuda", "tpu")

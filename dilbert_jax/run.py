@@ -13,9 +13,9 @@ import jax
 from dilbert_jax.config import check_config
 from dilbert_jax.evaluate import evaluate
 from dilbert_jax.experiment import check_same_config, open_experiment
-from dilbert_jax.training import loop
+from dilbert_jax.training import loop, stages
 from dilbert_jax.training.checkpoints import sync
-from dilbert_jax.training.loop import NonFiniteLossError
+from dilbert_jax.training.window import NonFiniteLossError
 
 __all__ = ["NonFiniteLossError", "join_processes", "train_and_report", "use_compilation_cache"]
 _log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def train_and_report(config: Any, workdir: pathlib.Path, command: str = "") -> p
     """
     check_config(config)
     report = workdir / ("report.html" if config.train.evaluate_after else "metrics.jsonl")
-    if loop.is_complete(workdir) and report.exists():
+    if stages.is_complete(workdir) and report.exists():
         check_same_config(config, workdir)
         _log.info("all stages of %s are complete", workdir)
         return report
@@ -95,5 +95,5 @@ def train_and_report(config: Any, workdir: pathlib.Path, command: str = "") -> p
     elif config.train.evaluate_after:
         evaluate(config, workdir, command=command)
     if first:
-        loop.mark_complete(workdir, time.monotonic() - started)
+        stages.mark_complete(workdir, time.monotonic() - started)
     return report

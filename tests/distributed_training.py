@@ -17,7 +17,7 @@ from dilbert_jax import run
 from dilbert_jax.config import load_config
 from dilbert_jax.experiment import open_experiment
 from dilbert_jax.sharding import make_mesh
-from dilbert_jax.training import loop
+from dilbert_jax.training import loop, stages
 from dilbert_jax.training.checkpoints import sync
 from dilbert_jax.training.log import MetricsLog
 
@@ -66,14 +66,14 @@ def main() -> None:
         start = {
             name: {"rows": jnp.full(experiment.context.config.data.size, 0.1 * seed)}
             if linear
-            else loop._initial_params(experiment, seed, mesh)
-            for seed, name in enumerate(loop.NETWORKS)
+            else stages.initial_params(experiment, seed, mesh)
+            for seed, name in enumerate(stages.NETWORKS)
         }
-        stage = loop._make_stage("mutual", experiment, start, mesh)
+        stage = stages.make_stage("mutual", experiment, start, mesh)
         if linear:
             stage = dataclasses.replace(stage, objective=linear_objective, frozen={})
         try:
-            loop._run_stage(stage, experiment, workdir, MetricsLog(workdir), mesh)
+            loop.run_stage(stage, experiment, workdir, MetricsLog(workdir), mesh)
         except KeyboardInterrupt:
             print("stopped")
 

@@ -13,7 +13,7 @@ from small_export import shared_run
 from dilbert_jax import ablation, run
 from dilbert_jax.config import check_config, default_config, load_config, save_config
 from dilbert_jax.experiment import load_context
-from dilbert_jax.training import loop
+from dilbert_jax.training import stages
 from dilbert_jax.training.log import read_metrics
 
 pytestmark = pytest.mark.xdist_group("trained")
@@ -64,7 +64,7 @@ def test_a_copied_stage_is_the_donors_to_the_bit(tmp_path_factory, tmp_path):
     assert load_config(copy / "config.json").loss.beta1 == 0.0
     rows = read_metrics(copy / "metrics.jsonl")
     assert {r["stage"] for r in rows} == {"teacher", "student"}
-    params = [loop.network_params(load_context(w), w, "student", "student")[0] for w in (donor, copy)]
+    params = [stages.network_params(load_context(w), w, "student", "student")[0] for w in (donor, copy)]
     for a, b in zip(*map(jax.tree.leaves, params), strict=True):
         np.testing.assert_array_equal(a, b)
     (copy / "mark").touch()
@@ -81,7 +81,7 @@ def test_a_run_from_copied_stages_ends_like_one_from_scratch(tmp_path_factory, t
     for name in ("copied", "scratch"):
         run.train_and_report(other, tmp_path / name)
     params = [
-        loop.network_params(load_context(tmp_path / n), tmp_path / n, "finetune", "student")[0]
+        stages.network_params(load_context(tmp_path / n), tmp_path / n, "finetune", "student")[0]
         for n in ("copied", "scratch")
     ]
     for a, b in zip(*map(jax.tree.leaves, params), strict=True):
@@ -112,7 +112,7 @@ def fake_training(monkeypatch, values):
         workdir.mkdir(parents=True)
         save_config(config, workdir / "config.json")
         (workdir / "eval.json").write_text(json.dumps({"networks": {"student": figures}}))
-        loop.mark_complete(workdir, 1.0)
+        stages.mark_complete(workdir, 1.0)
 
     monkeypatch.setattr(run, "train_and_report", train_and_report)
     monkeypatch.setattr(ablation, "copy_stages", lambda *_: None)

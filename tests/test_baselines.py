@@ -19,8 +19,8 @@ from dilbert_jax.models.baselines import cbt, hero, mmft_bert, videobert
 from dilbert_jax.models.baselines.contrast import frame_contrast
 from dilbert_jax.models.tangled import resize_nearest, resize_valid
 from dilbert_jax.training import objectives
-from dilbert_jax.training.loop import stage_names
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
+from dilbert_jax.training.stages import stage_names
 
 pytestmark = pytest.mark.numerics
 BASELINES = [name for name in SYSTEMS if name != "dilbert"]

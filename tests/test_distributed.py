@@ -14,7 +14,7 @@ from small_export import shared_experiment
 
 from dilbert_jax.config import save_config
 from dilbert_jax.training.log import read_metrics
-from dilbert_jax.training.loop import network_params
+from dilbert_jax.training.stages import network_params
 
 SCRIPT = pathlib.Path(__file__).with_name("distributed_training.py")
 STOP_AFTER = 4

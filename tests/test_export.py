@@ -23,7 +23,7 @@ from dilbert_jax.clips import find_sector
 from dilbert_jax.config import save_config
 from dilbert_jax.experiment import load_context, make_context
 from dilbert_jax.training.checkpoints import StageCheckpoints
-from dilbert_jax.training.loop import mark_complete
+from dilbert_jax.training.stages import mark_complete
 from dilbert_jax.training.step import TrainState
 
 pytestmark = pytest.mark.numerics

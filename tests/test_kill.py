@@ -19,7 +19,7 @@ from small_export import shared_config, shared_experiment
 
 from dilbert_jax.config import save_config
 from dilbert_jax.experiment import load_context, open_experiment
-from dilbert_jax.training import loop, objectives
+from dilbert_jax.training import loop, objectives, stages
 from dilbert_jax.training.checkpoints import StageCheckpoints
 from dilbert_jax.training.log import read_metrics
 
@@ -53,7 +53,7 @@ def start(folder, tmp_path_factory):
     """Starts `train.py` on a workdir in a process group of its own, with its output in a file."""
     config = shared_config(tmp_path_factory)
     epochs = NUM_STEPS * config.train.batch_size / 14  # 14 training studies
-    config.train.update({f"{stage}_epochs": epochs for stage in loop.STAGES})
+    config.train.update({f"{stage}_epochs": epochs for stage in stages.STAGES})
     config.train.checkpoint_every_seconds = 1e-6  # after every step
     config.model.update(hidden_size=32, num_heads=2, ffn_size=32, channels=(8,), blocks=(1,))
     config.evaluate.mask_repeats = 1
@@ -131,7 +131,7 @@ def started_stages(output):
 def uninterrupted(start, folder):
     workdir, log = folder / "uninterrupted", folder / "uninterrupted.log"
     output = finish(start(workdir, log), log)
-    assert started_stages(output) == [(stage, 0, NUM_STEPS) for stage in loop.STAGES]
+    assert started_stages(output) == [(stage, 0, NUM_STEPS) for stage in stages.STAGES]
     return workdir
 
 
@@ -164,15 +164,15 @@ def test_the_next_run_continues_in_the_stage_of_the_kill(killed, number):
     (here, *later) = started_stages(outputs[number + 1])
     assert here == (stage, step, NUM_STEPS)
     # What follows starts from its beginning, up to the next kill; what came before is not repeated.
-    last = KILLS[number + 1][0] if number + 1 < len(KILLS) else loop.STAGES[-1]
-    following = loop.STAGES[loop.STAGES.index(stage) + 1 : loop.STAGES.index(last) + 1]
+    last = KILLS[number + 1][0] if number + 1 < len(KILLS) else stages.STAGES[-1]
+    following = stages.STAGES[stages.STAGES.index(stage) + 1 : stages.STAGES.index(last) + 1]
     assert later == [(name, 0, NUM_STEPS) for name in following]
 
 
 @pytest.mark.slow
 def test_the_log_of_a_killed_run_holds_every_record_once(killed, uninterrupted):
     expected = []
-    for stage in loop.STAGES:
+    for stage in stages.STAGES:
         expected += [(stage, step, "train") for step in range(1, NUM_STEPS + 1)]
         expected.append((stage, NUM_STEPS, "validation"))
     a, b = (read_metrics(workdir / "metrics.jsonl") for workdir in (uninterrupted, killed[0]))
@@ -186,12 +186,12 @@ def test_the_log_of_a_killed_run_holds_every_record_once(killed, uninterrupted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", loop.STAGES)
+@pytest.mark.parametrize("stage", stages.STAGES)
 def test_a_killed_run_ends_with_the_same_parameters(killed, uninterrupted, stage):
     context = load_context(uninterrupted)
     for network in objectives.NETWORKS if stage in ("mutual", "finetune") else (stage,):
         (first, step), (second, other) = (
-            loop.network_params(context, workdir, stage, network) for workdir in (uninterrupted, killed[0])
+            stages.network_params(context, workdir, stage, network) for workdir in (uninterrupted, killed[0])
         )
         assert step == other == NUM_STEPS
         for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
@@ -207,7 +207,7 @@ def test_a_killed_run_is_evaluated_like_an_uninterrupted_one(killed, uninterrupt
 
 @pytest.mark.slow
 def test_no_half_written_checkpoint_stays(killed):
-    for stage in loop.STAGES:
+    for stage in stages.STAGES:
         assert saved_steps(killed[0], stage) == ([NUM_STEPS - 1, NUM_STEPS], [])
 
 
@@ -215,7 +215,7 @@ def test_no_half_written_checkpoint_stays(killed):
 def test_a_stage_is_compiled_once_however_often_it_is_continued(killed, uninterrupted, folder):
     """Neither twice in a process, nor again after a kill."""
     cached = sorted((folder / "cache" / "dilbert_jax" / "xla").glob("jit_step-*"))
-    assert 1 <= len(cached) <= len(loop.STAGES), cached
+    assert 1 <= len(cached) <= len(stages.STAGES), cached
 
 
 @pytest.mark.slow
@@ -311,7 +311,7 @@ def test_a_kill_while_a_file_is_written_breaks_no_later_run(tmp_path_factory, tm
 def test_a_request_to_stop_in_the_last_step_of_a_stage_is_kept(tmp_path_factory, tmp_path, monkeypatch):
     """The stage is finished, its validation included; the next one does not begin."""
     experiment = shared_experiment(tmp_path_factory)
-    original = loop.training_batches
+    original = stages.training_batches
 
     def with_signal(build, indices, batch_size, seed, start_step=0):
         for i, batch in enumerate(original(build, indices, batch_size, seed, start_step), start_step):
@@ -323,7 +323,7 @@ def test_a_request_to_stop_in_the_last_step_of_a_stage_is_kept(tmp_path_factory,
         total = sum(jnp.sum(x * x) for x in jax.tree.leaves(params))
         return total, {"loss": total}
 
-    monkeypatch.setattr(loop, "training_batches", with_signal)
+    monkeypatch.setattr(stages, "training_batches", with_signal)
     monkeypatch.setattr(objectives, "pretraining_objective", objective)
     with pytest.raises(KeyboardInterrupt):
         loop.train(experiment, tmp_path)

@@ -32,9 +32,9 @@ from dilbert_jax.parity.torch_model import TorchDilbert, attend
 from dilbert_jax.parity.torch_training import Training, clip_global_norm, learning_rate
 from dilbert_jax.relational import angle_loss, distance_loss
 from dilbert_jax.training.checkpoints import StageCheckpoints
-from dilbert_jax.training.loop import network_params
 from dilbert_jax.training.objectives import VISUAL, LossConfig
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from dilbert_jax.training.stages import network_params
 from dilbert_jax.training.step import TrainState
 
 pytestmark = [pytest.mark.torch, pytest.mark.numerics]

@@ -16,7 +16,7 @@ from tiny import CONFIG, A, B, E, M, init_params, make_batch, to_device
 from dilbert_jax.config import default_config
 from dilbert_jax.models import Dilbert
 from dilbert_jax.sharding import make_mesh
-from dilbert_jax.training import loop, objectives
+from dilbert_jax.training import objectives, stages
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
 # One worker runs the files that share the small export.
@@ -251,17 +251,17 @@ def test_the_student_learns_from_the_teacher_unless_independent(experiment, inde
     config = experiment.context.config.copy_and_resolve_references()
     config.train.independent_student = independent
     changed = dataclasses.replace(experiment, context=dataclasses.replace(experiment.context, config=config))
-    stage = loop._make_stage("student", changed, {"teacher": {"kernel": 1.0}}, make_mesh())
+    stage = stages.make_stage("student", changed, {"teacher": {"kernel": 1.0}}, make_mesh())
     assert list(stage.params) == ["student"]
     assert stage.frozen == ({} if independent else {"teacher": {"kernel": 1.0}})
 
 
 def test_a_single_network_has_no_teacher_and_no_stage_of_it():
     config = default_config()
-    assert loop.stage_names(config) == loop.STAGES and loop.network_names(config) == objectives.NETWORKS
+    assert stages.stage_names(config) == stages.STAGES and stages.network_names(config) == objectives.NETWORKS
     config.train.single_network = True
-    assert loop.stage_names(config) == ("student", "mutual", "finetune")
-    assert loop.network_names(config) == ("student",)
+    assert stages.stage_names(config) == ("student", "mutual", "finetune")
+    assert stages.network_names(config) == ("student",)
 
 
 # --- D22, optimizer ---------------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ from tiny import tiny_run_config
 from dilbert_jax import run
 from dilbert_jax.config import check_config, default_config, load_config, save_config
 from dilbert_jax.experiment import load_context, open_experiment
-from dilbert_jax.training import loop, objectives
+from dilbert_jax.training import loop, objectives, stages
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.checkpoints import StageCheckpoints
 from dilbert_jax.training.log import MetricsLog, read_metrics
+from dilbert_jax.training.window import NonFiniteLossError
 
 TASKS = ("mlm", "mdc", "moc", "cmm", "summary")
 
@@ -40,7 +41,7 @@ def copy_until(workdir, folder, stage):
     copy = folder / "copy"
     shutil.copytree(workdir, copy)
     (copy / "complete.json").unlink()
-    gone = loop.STAGES[loop.STAGES.index(stage) :]
+    gone = stages.STAGES[stages.STAGES.index(stage) :]
     for name in gone:
         shutil.rmtree(copy / "checkpoints" / name)
     kept = [r for r in read_metrics(copy / "metrics.jsonl") if r["stage"] not in gone]
@@ -55,7 +56,7 @@ def records(workdir, stage, split="train"):
 def assert_same_params(a, b, experiment, stage):
     for network in objectives.NETWORKS:
         (first, step), (second, other) = (
-            loop.network_params(experiment.context, workdir, stage, network) for workdir in (a, b)
+            stages.network_params(experiment.context, workdir, stage, network) for workdir in (a, b)
         )
         assert step == other
         for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
@@ -285,7 +286,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(trained, tmp_path, mo
     config, workdir = trained
     copy = copy_until(workdir, tmp_path, "mutual")
     experiment = open_experiment(config, copy)
-    original = loop.training_batches
+    original = stages.training_batches
 
     def interrupted(build, indices, batch_size, seed, start_step=0):
         for i, batch in enumerate(original(build, indices, batch_size, seed, start_step), start_step):
@@ -294,7 +295,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(trained, tmp_path, mo
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "training_batches", interrupted)
+        patch.setattr(stages, "training_batches", interrupted)
         with pytest.raises(KeyboardInterrupt):
             loop.train(experiment, copy)
     checkpoints = StageCheckpoints(copy, "mutual")
@@ -340,15 +341,15 @@ def test_a_diverged_step_names_stage_step_term_and_studies(trained, tmp_path, mo
     config, workdir = trained
     copy = copy_until(workdir, tmp_path, "finetune")
     experiment = open_experiment(config, copy)
-    expected = loop.training_batches(
+    expected = stages.training_batches(
         experiment.builder.annotation, experiment.indices["train"], config.train.batch_size, 3
     )
     next(expected), next(expected)
     ids = [experiment.store.studies[i].study_id for i in next(expected)["study"]]
     with monkeypatch.context() as patch:
         patch.setattr(objectives, "annotation_objective", fake_objective)
-        patch.setattr(loop, "training_batches", marked_batches(loop.training_batches, bad_step=2))
-        with pytest.raises(loop.NonFiniteLossError) as error:
+        patch.setattr(stages, "training_batches", marked_batches(stages.training_batches, bad_step=2))
+        with pytest.raises(NonFiniteLossError) as error:
             loop.train(experiment, copy)
     text = str(error.value)
     assert "stage finetune, step 2:" in text and "student/match" in text and "learning_rate" in text
@@ -379,8 +380,8 @@ def test_a_signal_inside_a_step_loses_no_checkpoint(trained, tmp_path, monkeypat
         return interrupted
 
     monkeypatch.setattr(objectives, "annotation_objective", fake_objective)
-    monkeypatch.setattr(loop, "training_batches", marked_batches(loop.training_batches, bad_step=None))
-    monkeypatch.setattr(loop, "_validate", lambda *_: {})
+    monkeypatch.setattr(stages, "training_batches", marked_batches(stages.training_batches, bad_step=None))
+    monkeypatch.setattr(loop, "validate", lambda *_: {})
     monkeypatch.setattr(steps, "make_step", make_interrupted)
     with pytest.raises(KeyboardInterrupt):
         loop.train(experiment, copy)

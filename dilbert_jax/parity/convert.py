@@ -17,9 +17,9 @@ from dilbert_jax.models import NetworkConfig
 from dilbert_jax.parity import MISSING_EXTRA
 from dilbert_jax.parity.names import from_torch, to_torch
 from dilbert_jax.training.checkpoints import StageCheckpoints
-from dilbert_jax.training.loop import STAGES, network_names, network_params
 from dilbert_jax.training.objectives import NETWORKS
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
+from dilbert_jax.training.stages import STAGES, network_names, network_params
 from dilbert_jax.training.step import TrainState
 
 try:

@@ -24,8 +24,8 @@ from dilbert_jax.input_pipeline import evaluation_batches
 from dilbert_jax.reproduce.cells import workdir_of
 from dilbert_jax.reproduce.grid import MAIN_SHAPE, SHAPES, Cell, cell_config
 from dilbert_jax.training.log import read_metrics
-from dilbert_jax.training.loop import STAGES, is_complete, network_params
 from dilbert_jax.training.objectives import pretraining_forward
+from dilbert_jax.training.stages import STAGES, is_complete, network_params
 from dilbert_jax.training.step import device_entries
 from dilbert_jax.training.weights import QUANTILES
 
