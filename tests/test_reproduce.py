@@ -353,6 +353,21 @@ def test_finished_cells_are_not_run_again(finished, monkeypatch):
     cells.run_cells(planned(), "cpu", finished, "command")
 
 
+def test_a_cell_names_the_commit_that_it_started_from(tmp_path, monkeypatch):
+    now = "started"
+
+    def train(*arguments, **options):
+        nonlocal now
+        now = "moved on"
+        raise run.NonFiniteLossError("diverged")
+
+    monkeypatch.setattr(run, "train_and_report", train)
+    monkeypatch.setattr(cells, "commit", lambda: now)
+    cell = planned()[0]
+    cells.run_cells([cell], "cpu", tmp_path, "command")
+    assert cells.read_cell(cell, tmp_path, "cpu")["commit"] == "started"
+
+
 def test_the_sweep_never_sees_test_clips_and_keeps_the_best_rate(tmp_path, capsys):
     plan = grid.plan_sweep(["bert", "dilbert"])
     assert len(plan) == 2 * len(grid.SWEEP_RATES) and {c.seed for c in plan} == {grid.SWEEP_SEED}

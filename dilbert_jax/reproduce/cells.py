@@ -35,6 +35,7 @@ def workdir_of(cell: Cell, output: pathlib.Path) -> pathlib.Path:
 def run_cells(cells: Sequence[Cell], budget: str, output: pathlib.Path, command: str) -> None:
     """Runs every cell that is not finished. A cell whose loss diverges says so and the others go on."""
     todo = [cell for cell in cells if read_cell(cell, output, budget) is None]
+    code = commit()  # now: the checkout may move on while cells train
     for number, cell in enumerate(todo):
         folder = workdir_of(cell, output)
         _log.info("cell %d of %d: %s", number + 1, len(todo), cell.name)
@@ -56,7 +57,7 @@ def run_cells(cells: Sequence[Cell], budget: str, output: pathlib.Path, command:
             "cell": cell.name,
             "budget": budget,
             "command": again,
-            "commit": commit(),
+            "commit": code,
             "seconds_of_last_call": round(time.monotonic() - started, 1),
             "config": json.loads(config.to_json_best_effort()),
             **record,
