@@ -219,7 +219,7 @@ def test_both_networks_and_snapshots_see_the_same_corrupted_batch(networks, batc
     for name in objectives.NETWORKS:
         for term in ("response", "self", "distance", "angle"):
             assert abs(float(metrics[f"{name}/{term}"])) < 1e-5
-    assert_close(gradient["teacher"], gradient["student"], 1e-6)
+    assert_close(gradient["teacher"], gradient["student"], 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,10 @@ class Plain(Network):
             "description": frame_mask.reshape(batch, -1, self.frames_per_step).any(-1),
             "region": region_mask,
         }
-        # A step is its pixels, and so is a region of it.
-        features = normalize_frames(frames, frame_mask).reshape(*masks["description"].shape, -1)
+        # A step is its frames in 4 x 4 coarse pixels, and so is a region of it.
+        fields = normalize_frames(frames, frame_mask)
+        fields = fields.reshape(*frame_mask.shape, 4, frames.shape[2] // 4, 4, frames.shape[3] // 4)
+        features = fields.mean((3, 5)).reshape(*masks["description"].shape, -1)
         region = jnp.take_along_axis(features, (box_frames // self.frames_per_step)[..., None], axis=1)
         if region_zeroed is not None:
             region = jnp.where(region_zeroed[..., None], 0.0, region)
