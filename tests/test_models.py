@@ -1,6 +1,7 @@
 """The model: shapes, convolution and region pooling against plain references, padding invariance."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -10,6 +11,7 @@ import pytest
 from jax import lax
 from tiny import CONFIG, NAMES, A, B, E, L, M, R, init_params, make_batch
 
+from dilbert_jax import models
 from dilbert_jax.config import MODEL_PRESETS
 from dilbert_jax.models import SYSTEMS, make_network
 from dilbert_jax.models.attention import attend
@@ -181,6 +183,12 @@ def test_frame_order_matters(network):
     assert float(jnp.abs(encoded.fused - reversed_.fused).max()) > 1e-4
 
 
+def shapes_of_params(model, batch):
+    """As Flax finds them from arguments of these shapes."""
+    arguments = [*(batch[name] for name in VISUAL), batch["mlm_positions"], *NAMES]
+    return jax.eval_shape(model.init, jax.random.key(0), *arguments)["params"]
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
 @pytest.mark.parametrize("preset", sorted(MODEL_PRESETS))
 def test_every_preset_builds(preset, name):
@@ -189,8 +197,16 @@ def test_every_preset_builds(preset, name):
     batch = {k: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype) for k, v in make_batch().items()}
     batch["frames"] = jax.ShapeDtypeStruct((1, 4, 64, 64), np.uint8)
     model = make_network(config)
-    shapes = jax.eval_shape(
-        model.init, jax.random.key(0), *(batch[name] for name in VISUAL), batch["mlm_positions"], *NAMES
-    )
+    shapes = shapes_of_params(model, batch)
     count = sum(x.size for x in jax.tree.leaves(shapes))
     assert count > {"tiny": 1e5, "small": 1e6, "medium": 5e6, "base": 1e8}[preset]
+    assert shapes == jax.eval_shape(functools.partial(models.init_params, model), jax.random.key(0))
+
+
+def test_parameters_of_r3d_18_do_not_depend_on_the_clip():
+    model = make_network(dataclasses.replace(CONFIG, video="r3d_18"))
+    batch = {k: jax.ShapeDtypeStruct((2, *v.shape[1:]), v.dtype) for k, v in make_batch().items()}
+    batch["frames"] = jax.ShapeDtypeStruct((2, 16, 112, 96), np.uint8)
+    batch["frame_mask"] = jax.ShapeDtypeStruct((2, 16), bool)
+    expected = shapes_of_params(model, batch)
+    assert expected == jax.eval_shape(functools.partial(models.init_params, model), jax.random.key(0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -46,8 +45,8 @@ def validate(
             return metrics | {"loss": loss}
 
     totals: dict[str, list[float]] = {}
-    for batch, real in _full_batches(build, indices, size):
-        del real
+    # Without a padded last batch: losses average over a batch.
+    for batch, _ in evaluation_batches(build, indices[: len(indices) // size * size], size, seed=1):
         inputs = steps.device_entries(batch)
         # Every process has all of the batch, whose size may not divide among several devices.
         everywhere = {name: replicated(mesh) for name in inputs}
@@ -55,10 +54,3 @@ def validate(
         for name, value in jax.device_get(measure(placed)).items():
             totals.setdefault(name, []).append(float(value))
     return {name: float(np.mean(values)) for name, values in totals.items()}
-
-
-def _full_batches(
-    build: Any, indices: np.ndarray, size: int
-) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Evaluation batches without a padded last one (losses average over a batch)."""
-    return evaluation_batches(build, indices[: len(indices) // size * size], size, seed=1)
