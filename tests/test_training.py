@@ -288,8 +288,9 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(trained, tmp_path, mo
     experiment = open_experiment(config, copy)
     original = stages.training_batches
 
-    def interrupted(build, indices, batch_size, seed, start_step=0):
-        for i, batch in enumerate(original(build, indices, batch_size, seed, start_step), start_step):
+    def interrupted(build, indices, batch_size, seed, start_step=0, **options):
+        batches = original(build, indices, batch_size, seed, start_step, **options)
+        for i, batch in enumerate(batches, start_step):
             if seed == 2 and i == 3:  # the mutual stage
                 raise KeyboardInterrupt
             yield batch
