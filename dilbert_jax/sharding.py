@@ -73,13 +73,18 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh_shape: Mapping[str, i
 
 
 def _dividing(axes: Sequence[Axes], shape: Sequence[int], mesh_shape: Mapping[str, int]) -> PartitionSpec:
-    """The axes; a dimension that its axis does not divide stays whole."""
+    """The axes; a dimension that its axis does not divide stays whole.
 
-    def divides(axis: Axes, size: int) -> bool:
+    Nor is an axis of one device named: the compiler names none for what comes out of a step, and the program of the
+    next would be another one than for what a checkpoint gives.
+    """
+
+    def splits(axis: Axes, size: int) -> bool:
         names = (axis,) if isinstance(axis, str) else axis or ()
-        return size % math.prod(mesh_shape[name] for name in names) == 0
+        devices = math.prod(mesh_shape[name] for name in names)
+        return devices > 1 and size % devices == 0
 
-    return PartitionSpec(*(a if divides(a, n) else None for a, n in zip(axes, shape, strict=False)))
+    return PartitionSpec(*(a if splits(a, n) else None for a, n in zip(axes, shape, strict=False)))
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
