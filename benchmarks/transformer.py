@@ -45,7 +45,7 @@ def make_jax(
 
     def total(blocks: Any, streams: Any) -> jax.Array:
         streams = {name: x.astype(dtype) for name, x in streams.items()}
-        fused, _ = model.apply({"params": params | blocks}, streams, masks, True, method=Dilbert.fuse)
+        fused, *_ = model.apply({"params": params | blocks}, streams, masks, True, method=Dilbert.fuse)
         return sum(x.astype(jnp.float32).mean() for x in fused.values())
 
     gradient = jax.value_and_grad(total, argnums=(0, 1))
