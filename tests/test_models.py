@@ -115,6 +115,19 @@ def assert_same(first, second, tolerance=2e-5):
         np.testing.assert_allclose(a, b, atol=tolerance)
 
 
+def test_blocks_that_make_places_alike_do_not_hide_them(network):
+    """Entities are matched with what each place showed before the blocks, too."""
+    config, params = network
+    encoded, _, _ = encode(network, make_batch())
+    alike = {name: jnp.broadcast_to(x.mean(1, keepdims=True), x.shape) for name, x in encoded.streams.items()}
+    model = make_network(config)
+    match = model.apply({"params": params}, encoded.replace(streams=alike), *NAMES, method=model.annotate)[
+        "match"
+    ]
+    assert float(match["frame"].std(-1).min()) > 1e-3
+    assert float(match["region"].std(-1).min()) > 1e-3
+
+
 def test_padded_tokens_change_nothing(network):
     batch = make_batch()
     batch["token_mask"][:, -3:] = False

@@ -430,14 +430,16 @@ class Network(nn.Module):
         words = self.entity_embedding.word(entity_names)  # [E, P, D]
         names = mean_valid(words, entity_names_mask)
         clip = jnp.concatenate(self.clip_views(encoded), axis=-1)
+        # The more blocks, the more alike the places of a clip: each keeps what it was before them.
+        places = {s: encoded.streams[s] + encoded.embedded[s] for s in ("description", "region")}
         return {
             "organ": self.organ(clip),
             "condition": self.condition(clip),
             "findings": self.findings(clip),
             "match": self.match(
                 names,
-                encoded.streams["description"],
-                encoded.streams["region"],
+                places["description"],
+                places["region"],
                 encoded.masks["description"],
                 encoded.masks["region"],
             ),

@@ -62,6 +62,7 @@ class Encoded:
       pooled: one vector per stream [B, D].
       fused: pool_w * pool_a + pool_w * pool_r, [B, D].
       overview: the 3-D CNN's own view of the clip, [B, 6 * C].
+      embedded: hidden states per stream before the encoder.
       cross_weights: last block's cross attention, entity [B, N, A, L] and region [B, N, A, R]; empty unless asked for.
     """
 
@@ -70,6 +71,7 @@ class Encoded:
     pooled: dict[str, Tensor]
     fused: Tensor
     overview: Tensor
+    embedded: dict[str, Tensor]
     cross_weights: dict[str, Tensor]
 
 
@@ -478,6 +480,7 @@ class TorchDilbert(nn.Module):
         }
         named = mean_by_type(streams["entity"], token_types, token_mask)
         masks = {"entity": token_mask, "description": step_mask, "region": region_mask}
+        embedded = streams
         cross_weights: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):
             streams, cross_weights = layer(streams, masks, need_weights and i == c.num_layers - 1)
@@ -490,7 +493,7 @@ class TorchDilbert(nn.Module):
             "region": self.pool_region(mean_valid(streams["region"], region_mask)),
         }
         fused = pooled["entity"] * pooled["description"] + pooled["entity"] * pooled["region"]
-        return Encoded(streams, masks, pooled, fused, overview, cross_weights)
+        return Encoded(streams, masks, pooled, fused, overview, embedded, cross_weights)
 
     def encode_batch(
         self, batch: Mapping[str, Tensor], corrupted: bool = False, need_weights: bool = False
@@ -557,14 +560,15 @@ class TorchDilbert(nn.Module):
         views = [encoded.pooled["description"], encoded.pooled["region"], encoded.overview]
         views += [max_valid(encoded.streams[s], encoded.masks[s]) for s in ("description", "region")]
         clip = torch.cat(views, dim=-1)
+        places = {s: encoded.streams[s] + encoded.embedded[s] for s in ("description", "region")}
         return {
             "organ": self.organ(clip),
             "condition": self.condition(clip),
             "findings": self.findings(clip),
             "match": self.match(
                 names,
-                encoded.streams["description"],
-                encoded.streams["region"],
+                places["description"],
+                places["region"],
                 encoded.masks["description"],
                 encoded.masks["region"],
             ),
