@@ -84,7 +84,7 @@ def test_every_rule_is_in_use_and_every_large_parameter_has_one():
     paths = {
         "/".join(str(k.key) for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
     }
-    sizes = {"data": 1, "fsdp": 1, "tensor": 1}
+    sizes = {"data": 1, "fsdp": 2, "tensor": 2}
     specs = {path: partition_spec(path, leaf.shape, sizes) for path, leaf in paths.items()}
     used = {axes for axes in (tuple(a for a in spec if a) for spec in specs.values())}
     assert {tuple(a for a in axes if a) for _, axes in RULES} <= used
