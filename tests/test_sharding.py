@@ -100,6 +100,12 @@ def test_one_device_is_a_mesh_too():
     assert placed["a"].spec == P()
 
 
+def test_an_axis_of_one_device_is_not_named():
+    """What comes out of a step names none either: the next one is the same program as after a checkpoint."""
+    placed = shardings(jax.eval_shape(init_params), make_mesh(devices=jax.devices()[:1]))
+    assert not any(axes for leaf in jax.tree.leaves(placed) for axes in leaf.spec)
+
+
 def test_what_does_not_divide_is_named():
     with pytest.raises(ValueError, match=r"mesh.fsdp = 3 times mesh.tensor = 5 .* 1 devices"):
         make_mesh(3, 5, jax.devices()[:1])

@@ -430,7 +430,7 @@ class Network(nn.Module):
         words = self.entity_embedding.word(entity_names)  # [E, P, D]
         names = mean_valid(words, entity_names_mask)
         clip = jnp.concatenate(self.clip_views(encoded), axis=-1)
-        # The more blocks, the more alike the places of a clip: each keeps what it was before them.
+        # Many blocks make the places of a clip alike: each keeps what it was before them.
         places = {s: encoded.streams[s] + encoded.embedded[s] for s in ("description", "region")}
         return {
             "organ": self.organ(clip),

@@ -75,7 +75,7 @@ def write_report(
         (output / figure["file"]).write_bytes(figure["png"])
     content["figures"] = [{k: f[k] for k in ("figure", "title", "caption", "file")} for f in drawn]
     (output / "reproduction.json").write_text(
-        json.dumps(content, ensure_ascii=False, allow_nan=False), encoding="utf-8"
+        json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")), encoding="utf-8"
     )
     (output / "reproduction.md").write_text(to_markdown(content), encoding="utf-8")
     path = output / "reproduction.html"
