@@ -7,6 +7,7 @@ import pathlib
 
 import ml_collections
 
+REVISION = 2  # of the method: raised when the same configuration gives another network or trains otherwise
 # Presets of the fusion encoder and the 3-D CNN. "base" is the paper's size (12 blocks, 768 hidden, 12 heads).
 MODEL_PRESETS: dict[str, dict[str, object]] = {
     "tiny": {
@@ -146,14 +147,15 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
 
 
 def save_config(config: ml_collections.ConfigDict, path: pathlib.Path) -> None:
-    path.write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
+    """Writes a configuration, and the revision of the method that it configures."""
+    path.write_text(json.dumps({"revision": REVISION, **config.to_dict()}, indent=1), encoding="utf-8")
 
 
 def load_config(path: pathlib.Path) -> ml_collections.ConfigDict:
     """Reads a configuration that `save_config` wrote: today's defaults, with every saved field on top.
 
     Raises:
-      ValueError: a saved field is unknown to this version.
+      ValueError: another revision of the method, or a saved field is unknown to this version.
     """
     config = default_config()
     try:
@@ -164,6 +166,12 @@ def load_config(path: pathlib.Path) -> ml_collections.ConfigDict:
         ) from None
     if not isinstance(saved, dict):
         raise ValueError(f"{path}: expected an object with the sections {', '.join(config)}")
+    revision = saved.pop("revision", 1)
+    if revision != REVISION:
+        raise ValueError(
+            f"{path}: field 'revision' is {revision!r}, and this version is revision {REVISION} of the method "
+            "(CHANGELOG.md says what changed); train again in a new workdir, or use the version that wrote this one"
+        )
     for section, value in saved.items():
         if section not in config:
             raise ValueError(

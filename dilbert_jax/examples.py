@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -101,7 +101,14 @@ class ExampleBuilder:
         spec: InputSpec,
         tokenizer: ReportTokenizer,
         graph: KnowledgeGraph,
+        indices: Mapping[str, np.ndarray] | None = None,
     ):
+        """Prepares what is fixed of every study.
+
+        Args:
+          store, labels, spec, tokenizer, graph: what examples are made of.
+          indices: the studies of each split: a mismatched report comes from the clip's own. None = all are one split.
+        """
         self.store, self.labels, self.spec, self.tokenizer, self.graph = store, labels, spec, tokenizer, graph
         self._organ = {c: i for i, c in enumerate(labels.organs)}
         self._condition = {c: i for i, c in enumerate(labels.conditions)}
@@ -113,6 +120,9 @@ class ExampleBuilder:
         self._groups = np.unique([s.group_id for s in store.studies], return_inverse=True)[1]
         self._texts = np.unique([s.report for s in store.studies], return_inverse=True)[1]
         self._has_report = np.asarray([bool(s.report.strip()) for s in store.studies])
+        self._splits = np.zeros(len(store.studies), np.int32)
+        for number, part in enumerate((indices or {}).values()):
+            self._splits[part] = number
         self._targets = [self._clip_targets(s) for s in store.studies]
         self._layouts = [self._lay_out(s) for s in store.studies]
         self._mirrored = [
@@ -316,8 +326,13 @@ class ExampleBuilder:
         return concepts[report.entity_index]  # -1, outside of any entity, is the last
 
     def _mismatched(self, index: int, rng: np.random.Generator) -> int:
-        """A study of another group with another, non-empty report; `index` itself when there is none."""
-        possible = self._has_report & (np.arange(len(self._has_report)) != index)
+        """A study of another group with another, non-empty report; `index` itself when there is none.
+
+        It is of the same split: training must not see test reports, and test questions not be those that training has
+        seen as somebody else's.
+        """
+        possible = self._has_report & (self._splits == self._splits[index])
+        possible[index] = False
         if not self.spec.any_mismatch:
             possible &= (self._groups != self._groups[index]) & (self._texts != self._texts[index])
         candidates = np.flatnonzero(possible)

@@ -185,9 +185,8 @@ def open_experiment(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
         )
         _save_whole(labels.save, workdir / "labels.json")
     context = make_context(config, graph, tokenizer, labels)
-    return Experiment(
-        context, store, ExampleBuilder(store, labels, context.spec, tokenizer, graph), indices, preparation
-    )
+    builder = ExampleBuilder(store, labels, context.spec, tokenizer, graph, indices)
+    return Experiment(context, store, builder, indices, preparation)
 
 
 def check_same_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:

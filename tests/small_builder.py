@@ -52,7 +52,7 @@ def make_study(index, **changes):
     return Study(**(fields | changes))
 
 
-def make_builder(studies=None, **spec):
+def make_builder(studies=None, indices=None, **spec):
     studies = studies or [make_study(i) for i in range(12)]
     counts = [len(s.frame_index) for s in studies]
     pixels = np.random.default_rng(0).integers(20, 255, (sum(counts), SIZE, SIZE)).astype(np.uint8)
@@ -68,7 +68,7 @@ def make_builder(studies=None, **spec):
         min_count=1,
     )
     tokenizer = ReportTokenizer.train([s.report for s in studies], 400)
-    return ExampleBuilder(store, labels, dataclasses.replace(SPEC, **spec), tokenizer, GRAPH)
+    return ExampleBuilder(store, labels, dataclasses.replace(SPEC, **spec), tokenizer, GRAPH, indices)
 
 
 def assert_same(a, b):

@@ -24,7 +24,7 @@ from test_media import (
 )
 
 from dilbert_jax import datasets
-from dilbert_jax.config import check_config, default_config, load_config
+from dilbert_jax.config import REVISION, check_config, default_config, load_config
 from dilbert_jax.experiment import load_context
 from dilbert_jax.knowledge import ReportTokenizer, load_graph
 from dilbert_jax.media import MediaError, find_media, read_clip, read_stills
@@ -453,8 +453,12 @@ def test_bad_configuration(field, value, cause):
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
-        (b'{"dta": {"size": 64}}', "unknown field 'dta'"),
-        (b'{"data": {"siez": 64}}', r"unknown field 'data\.siez'"),
+        (f'{{"revision": {REVISION}, "dta": {{"size": 64}}}}'.encode(), "unknown field 'dta'"),
+        (f'{{"revision": {REVISION}, "data": {{"siez": 64}}}}'.encode(), r"unknown field 'data\.siez'"),
+        (
+            b'{"data": {"size": 64}}',
+            f"field 'revision' is 1, and this version is revision {REVISION} of the method",
+        ),
     ],
 )
 def test_configuration_of_another_version(tmp_path, content, cause):

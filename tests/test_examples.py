@@ -134,6 +134,23 @@ def test_the_same_index_and_seed_give_the_same_example(builder):
     assert (other["frames"] != builder.pretraining(0, np.random.default_rng(5))["frames"]).any()
 
 
+@pytest.mark.parametrize("any_mismatch", [False, True])
+def test_no_clip_is_shown_the_report_of_another_split(any_mismatch):
+    indices = {"train": np.arange(4), "validation": np.arange(4, 8), "test": np.arange(8, 12)}
+    builder = make_builder(
+        [make_study(i, report=f"Liver of {i} mm.", language="en") for i in range(12)],
+        indices=indices,
+        any_mismatch=any_mismatch,
+    )
+    for part in indices.values():
+        own = {int(builder.pretraining(i, np.random.default_rng(0))["own_report"]) for i in part}
+        shown = set()
+        for index, seed in itertools.product(part, range(40)):
+            example = builder.pretraining(index, np.random.default_rng(seed))
+            shown |= set() if example["matched"] else {int(example["report"])}
+        assert shown == own  # every one of its own split, none of another
+
+
 def test_no_visible_region_overlaps_a_zeroed_one(builder):
     zeroed_for_overlap = 0
     for index, seed in itertools.product(range(0, 12, 2), range(40)):

@@ -19,7 +19,7 @@ from scipy import stats
 from tiny import CONFIG, init_params, make_batch, tiny_run_config, to_device
 
 from dilbert_jax import run
-from dilbert_jax.config import check_config
+from dilbert_jax.config import REVISION, check_config
 from dilbert_jax.evaluation import statistics
 from dilbert_jax.models import SYSTEMS, find_system, make_network
 from dilbert_jax.reproduce import __main__ as command
@@ -86,6 +86,7 @@ def record(cell, value, minutes=1.0):
         "cell": cell.name,
         "budget": "cpu",
         "command": f"rerun {cell.name}",
+        "revision": REVISION,
         "commit": "abc",
         "seconds_of_last_call": 1.0,
         "config": {"train": {"batch_size": 16}},
@@ -366,6 +367,32 @@ def test_a_cell_names_the_commit_that_it_started_from(tmp_path, monkeypatch):
     cell = planned()[0]
     cells.run_cells([cell], "cpu", tmp_path, "command")
     assert cells.read_cell(cell, tmp_path, "cpu")["commit"] == "started"
+
+
+def test_a_cell_that_is_evaluated_again_keeps_the_commit_that_trained_it(tmp_path, monkeypatch):
+    now = "trains"
+
+    def train(config, folder, **options):
+        (folder / "complete.json").write_text("{}")
+        raise run.NonFiniteLossError("stands for an evaluation")
+
+    monkeypatch.setattr(run, "train_and_report", train)
+    monkeypatch.setattr(cells, "commit", lambda: now)
+    cell = planned()[0]
+    for now in ("trains", "evaluates"):
+        cells.run_cells([cell], "cpu", tmp_path, "command")
+        record = cells.read_cell(cell, tmp_path, "cpu")
+        assert (record["commit"], record["evaluated_by"]) == ("trains", now)
+        (cells.workdir_of(cell, tmp_path) / "cell.json").unlink()
+
+
+def test_cells_of_another_revision_of_the_method_are_refused(finished, tmp_path):
+    cell = planned()[0]
+    path = cells.workdir_of(cell, finished) / "cell.json"
+    old = json.loads(path.read_text()) | {"revision": REVISION - 1}
+    path.write_text(json.dumps(old))
+    with pytest.raises(ValueError, match=rf"{cell.name} was made by revision {REVISION - 1} of the method"):
+        cells.read_cell(cell, finished, "cpu")
 
 
 def test_the_sweep_never_sees_test_clips_and_keeps_the_best_rate(tmp_path, capsys):

@@ -83,12 +83,13 @@ def test_a_configuration_returns_from_its_file(tmp_path, preset):
     [("data", "colour", r"data\.colour"), ("extra", None, "'extra'")],
 )
 def test_an_unknown_saved_field_is_refused(tmp_path, section, field, named):
-    saved = default_config().to_dict()
+    path = tmp_path / "config.json"
+    save_config(default_config(), path)
+    saved = json.loads(path.read_text(encoding="utf-8"))
     if field:
         saved[section][field] = 1
     else:
         saved[section] = {}
-    path = tmp_path / "config.json"
     path.write_text(json.dumps(saved), encoding="utf-8")
     with pytest.raises(ValueError, match=rf"config\.json: unknown field.*{named}"):
         load_config(path)

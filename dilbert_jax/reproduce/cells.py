@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from dilbert_jax import run
+from dilbert_jax.config import REVISION
 from dilbert_jax.evaluate import evaluate
 from dilbert_jax.experiment import Experiment, open_experiment
 from dilbert_jax.flops import count_flops
@@ -21,6 +22,7 @@ from dilbert_jax.models import find_system
 from dilbert_jax.reproduce.grid import Cell, cell_config, parse_cell
 from dilbert_jax.training import objectives
 from dilbert_jax.training.log import read_metrics
+from dilbert_jax.training.stages import is_complete
 from dilbert_jax.training.step import device_entries
 
 SCHEMA = "dilbert-jax/cell/1"
@@ -42,6 +44,7 @@ def run_cells(cells: Sequence[Cell], budget: str, output: pathlib.Path, command:
         config = cell_config(cell, budget)
         again = f"{command} --cells={cell.name}"
         started = time.monotonic()
+        trained_by = _note_commit(folder, code)
         try:
             run.train_and_report(config, folder, command=again)
             if cell.rate is not None:  # the sweep must not look at test clips
@@ -57,13 +60,26 @@ def run_cells(cells: Sequence[Cell], budget: str, output: pathlib.Path, command:
             "cell": cell.name,
             "budget": budget,
             "command": again,
-            "commit": code,
+            "revision": REVISION,
+            "commit": trained_by,
+            "evaluated_by": code,
             "seconds_of_last_call": round(time.monotonic() - started, 1),
             "config": json.loads(config.to_json_best_effort()),
             **record,
         }
         _write_record(record, folder)
         jax.clear_caches()  # the next cell compiles other programs
+
+
+def _note_commit(folder: pathlib.Path, code: str) -> str:
+    """Notes in the run's folder which commits trained it, in order, and returns them; evaluating again adds none."""
+    path = folder / "commits.txt"
+    known = path.read_text(encoding="utf-8").split() if path.exists() else []
+    if code and code not in known[-1:] and not is_complete(folder):
+        known.append(code)
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(known) + "\n", encoding="utf-8")
+    return ", ".join(known)
 
 
 def read_cell(cell: Cell, output: pathlib.Path, budget: str) -> dict[str, Any] | None:
@@ -89,6 +105,12 @@ def read_cell(cell: Cell, output: pathlib.Path, budget: str) -> dict[str, Any] |
 
 def _check_config(record: Mapping[str, Any], cell: Cell, budget: str, source: str) -> None:
     """Raises `ValueError` where a record was made with other settings than this version's. New fields do not count."""
+    revision = record.get("revision", 1)
+    if revision != REVISION:
+        raise ValueError(
+            f"{source}: {cell.name} was made by revision {revision} of the method, and this version is revision "
+            f"{REVISION}: their figures do not belong in one table; name another --output"
+        )
     today = json.loads(cell_config(cell, budget).to_json_best_effort())
     for section, saved in record["config"].items():
         fields = saved.items() if isinstance(saved, dict) else [(None, saved)]
