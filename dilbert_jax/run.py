@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 import jax
 
@@ -61,11 +68,30 @@ def join_processes() -> None:
         ) from None
 
 
+@contextlib.contextmanager
+def _alone_in(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds a workdir, where the system can: two that train in one folder would mix their checkpoints.
+
+    Raises:
+      ValueError: another process holds it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / ".lock").open("a") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"{workdir} is in use by another process that trains there; wait for it, or name another --workdir"
+                ) from None
+        yield
+
+
 def train_and_report(config: Any, workdir: pathlib.Path, command: str = "") -> pathlib.Path:
     """Trains what is not trained yet, evaluates, and returns the path of the results page.
 
     Raises:
-      ValueError: a configuration that cannot work, a workdir of another run, or unusable data.
+      ValueError: a configuration that cannot work, a workdir of another run or in use, or unusable data.
       NonFiniteLossError: training diverged.
     """
     check_config(config)
@@ -82,18 +108,19 @@ def train_and_report(config: Any, workdir: pathlib.Path, command: str = "") -> p
         sync(
             "run opened"
         )  # by the first process; what it prepared is found, or prepared again on another disk
-    experiment = open_experiment(config, workdir)
-    if first:
-        sync("run opened")
-    _log.info("%s", loop.describe_run(config, experiment))
-    loop.train(experiment, workdir)
-    if jax.process_count() > 1:
-        # Evaluation is work for one process, which the others' accelerators need not wait for.
-        if config.train.evaluate_after:
-            _log.info("trained; evaluate on one machine: python eval.py --workdir=%s", workdir)
-        report = workdir / "metrics.jsonl"
-    elif config.train.evaluate_after:
-        evaluate(config, workdir, command=command)
-    if first:
-        stages.mark_complete(workdir, time.monotonic() - started)
+    with _alone_in(workdir) if first else contextlib.nullcontext():
+        experiment = open_experiment(config, workdir)
+        if first:
+            sync("run opened")
+        _log.info("%s", loop.describe_run(config, experiment))
+        loop.train(experiment, workdir)
+        if jax.process_count() > 1:
+            # Evaluation is work for one process, which the others' accelerators need not wait for.
+            if config.train.evaluate_after:
+                _log.info("trained; evaluate on one machine: python eval.py --workdir=%s", workdir)
+            report = workdir / "metrics.jsonl"
+        elif config.train.evaluate_after:
+            evaluate(config, workdir, command=command)
+        if first:
+            stages.mark_complete(workdir, time.monotonic() - started)
     return report

@@ -149,6 +149,19 @@ def test_region_figure_takes_the_best_matched_frame(annotation, frames):
     )
 
 
+def test_numbers_of_regions_with_one_corner_stand_side_by_side(annotation, frames, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        match_figures, "_badge", lambda axis, corner, label, colour: drawn.append((corner, label))
+    )
+    for region in annotation["regions"]:
+        region["box"], region["frame"] = [0.0, 0.0, 0.5, 0.5], annotation["regions"][0]["frame"]
+    match_figures.entity_region_figure(annotation, frames)
+    places = [corner for corner, _ in drawn[::2]]  # in the frame; each is drawn again on its crop
+    assert len(places) > 2 and len(set(places)) == len(places)
+    assert len({round(y, 6) for _, y in places}) == 1
+
+
 def test_match_figures_name_what_does_not_fit(annotation, frames):
     with pytest.raises(ValueError, match="has no entity 'spleen'"):
         match_figures.entity_frame_graph(annotation, frames, entities=["spleen"])

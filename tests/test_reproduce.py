@@ -211,6 +211,10 @@ def test_a_paired_comparison_is_the_t_test_over_common_seeds():
     assert found["p"] == pytest.approx(expected)
     assert tables.compare({0: 1.0}, {0: 0.5})["p"] is None
     assert tables.compare({0: 1.0}, {1: 0.5}) is None
+    # Few clips tie: that all folds differ by the same says nothing of the spread, rounding even less.
+    tied = tables.compare({0: 0.56, 1: 0.6, 2: 0.64}, {0: 0.6, 1: 0.64, 2: 0.68})
+    assert tied["value"] == pytest.approx(-0.04) and (tied["low"], tied["p"]) == (None, None)
+    assert tables.compare({0: 0.5, 1: 0.6}, {0: 0.5, 1: 0.6})["p"] == 1.0
 
 
 def test_the_best_is_bold_only_when_every_paired_test_says_so(finished):
@@ -238,6 +242,7 @@ def test_claims_hold_fail_or_stay_undecided(finished):
     )
     assert found["phantom: DILBERT trains less long than VideoBERT"] == claims.HOLDS
     assert found["phantom: DILBERT trains about as long as ActBERT"] == claims.HOLDS
+    assert found["Figure 8: weights and biases over training and validation"] == claims.UNTESTABLE
     worse = [{"value": -0.1, "p": 0.001, "n": 3}, {"value": 0.1, "p": 0.2, "n": 3}]
     assert claims.judge(worse) == claims.FAILS
     assert claims.judge([{"value": 0.1, "p": None, "n": 1}]) == claims.UNDECIDED
@@ -245,6 +250,23 @@ def test_claims_hold_fail_or_stay_undecided(finished):
     above = claims.beats_chance(results, ["phantom"], list(SYSTEMS))
     beats = {(row["system"], row["task"]): row["beats"] for row in above}
     assert beats["DILBERT student", "CMM accuracy"] and not beats["BERT", "MLM R@10"]
+
+
+def test_what_holds_by_construction_cannot_be_tested(finished):
+    records = {c.name: cells.read_cell(c, finished, "cpu") for c in planned()}
+    for kept in records.values():
+        for network in kept["evaluation"]["networks"].values():
+            network["pretraining"]["mdc"]["num_classes"] = 9
+            network["pretraining"]["moc"]["num_classes"] = 1
+    judged = claims.judge_claims(tables.Results(records), ["phantom"], list(SYSTEMS))
+    found = {c["claim"]: (c["verdict"], c["test"]) for c in judged}
+    verdict, why = found["phantom: MLM, as it was trained, is the task with the highest R@10 of the student"]
+    assert verdict == claims.UNTESTABLE and why == "ten classes or fewer in MDC and MOC: R@10 is 1"
+    assert found["phantom: DILBERT's student is best on MOC R@1"] == (claims.UNTESTABLE, "there is one class")
+    assert (
+        found["phantom: DILBERT's student is best on MDC R@1 (claimed everywhere but on BUSI)"][0]
+        == claims.HOLDS
+    )
 
 
 # -- report ----------------------------------------------------------------------------------------------------
@@ -263,6 +285,36 @@ def test_the_report_is_written_as_page_markdown_and_json(finished):
         assert "paper's own figures are not in the text" in text.replace("&#39;", "'")
     assert re.search(r"DILBERT student \| 3L8H \| 3 \| \*\*0\.8", markdown)
     assert "p < 0.001" in markdown and "p &lt; 0.001" in page and "p = 0.000" not in markdown
+
+
+def test_a_reader_is_told_of_folds_and_of_cells_made_otherwise(finished):
+    plan = planned()
+
+    def notices():
+        report.write_report(plan, "cpu", finished, (), (), "command")
+        return " ".join(json.loads((finished / "reproduction.json").read_text("utf-8"))["notices"])
+
+    assert not any(text in notices() for text in ("Folds", "same data", "commits"))
+    path = cells.workdir_of(plan[0], finished) / "cell.json"
+    kept = json.loads(path.read_text("utf-8"))
+    elsewhere = {**kept["evaluation"], "data_fingerprint": "e" * 40}
+    path.write_text(json.dumps({**kept, "commit": "def", "evaluation": elsewhere}))
+    assert "phantom/large: not all cells saw the same data" in notices()
+    assert "Trained by 2 commits of one revision of the method: abc; def" in notices()
+    path.write_text(json.dumps({**kept, "evaluation": {**kept["evaluation"], "fold": 1}}))
+    assert "Folds share training data" in notices()
+
+
+def test_figures_are_not_drawn_from_another_run_than_the_record_tells_of(finished):
+    cell = planned()[0]
+    folder = cells.workdir_of(cell, finished)
+    assert not cells.holds_the_run(cell, finished, "cpu")
+    saved = json.loads((folder / "cell.json").read_text("utf-8"))["evaluation"]
+    (folder / "complete.json").write_text("{}")
+    (folder / "eval.json").write_text(json.dumps(saved))
+    assert cells.holds_the_run(cell, finished, "cpu")
+    (folder / "eval.json").write_text(json.dumps({**saved, "created": "later"}))
+    assert not cells.holds_the_run(cell, finished, "cpu")
 
 
 def test_clips_are_compared_patient_by_patient(finished):
@@ -545,6 +597,37 @@ def test_the_longest_cell_of_a_seed_starts_first(tmp_path, monkeypatch):
     todo = [Cell("phantom", *which, seed) for seed in (0, 1) for which in (small, wide, deep)]
     command.run_side_by_side(todo, 1, "smoke", tmp_path)
     assert started == [Cell("phantom", *which, seed) for seed in (0, 1) for which in (deep, wide, small)]
+
+
+STOPPABLE = r"""
+import pathlib, signal, sys, time
+from dilbert_jax.reproduce import __main__ as command
+from dilbert_jax.reproduce.grid import Cell
+import subprocess
+
+def start(cell, share, budget, output):
+    code = ("import pathlib, signal, sys, time\n"
+            "def stop(*_):\n"
+            "    pathlib.Path(sys.argv[1]).write_text('saved'); sys.exit(1)\n"
+            "signal.signal(signal.SIGTERM, stop)\n"
+            "pathlib.Path(sys.argv[1]).write_text('trains'); time.sleep(60)")
+    return subprocess.Popen([sys.executable, "-c", code, str(output / str(cell.seed))], start_new_session=True)
+
+command._start = start
+todo = ",".join(Cell("phantom", "bert", "3L8H", seed).name for seed in range(3))
+sys.exit(command.main([f"--cells={todo}", "--jobs=2", f"--output={sys.argv[1]}"]))
+"""
+
+
+def test_a_stopped_grid_leaves_no_cell_running(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", STOPPABLE, tmp_path], stderr=subprocess.PIPE, text=True)
+    told = [tmp_path / str(seed) for seed in range(2)]
+    deadline = time.monotonic() + 60
+    while not all(p.exists() and p.read_text() for p in told) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    assert "run the same command to continue" in process.communicate()[1] and process.returncode == 1
+    assert [p.read_text() for p in told] == ["saved", "saved"] and not (tmp_path / "2").exists()
 
 
 # -- the real thing --------------------------------------------------------------------------------------------

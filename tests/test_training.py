@@ -63,6 +63,17 @@ def assert_same_params(a, b, experiment, stage):
             np.testing.assert_array_equal(x, y)
 
 
+def test_a_workdir_in_use_is_refused(tmp_path):
+    with (
+        run._alone_in(tmp_path / "run"),
+        pytest.raises(ValueError, match=r"run is in use by another process that trains there"),
+        run._alone_in(tmp_path / "run"),
+    ):
+        pass
+    with run._alone_in(tmp_path / "run"):
+        pass
+
+
 # --- configuration ----------------------------------------------------------------------------------------
 
 

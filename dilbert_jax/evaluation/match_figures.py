@@ -127,6 +127,7 @@ def entity_region_figure(
         # The regions again as a column of crops: lines drawn across the frame would hide what they are about.
         slot = (top - 0.1) / len(shown)
         crop_x, crops = image_width + 0.75, {}
+        corners: list[tuple[float, float]] = []
         for label, index in enumerate(shown, start=1):
             ymin, xmin, ymax, xmax = regions[index]["box"]
             colour = ENTITY_COLOURS[int(scores[:, index].argmax()) % len(ENTITY_COLOURS)]
@@ -135,7 +136,11 @@ def entity_region_figure(
             axis.add_patch(
                 Rectangle((corner[0], corner[1] - size[1]), *size, fill=False, ec=colour, lw=1.3, zorder=4)
             )
-            _badge(axis, corner, label, colour)
+            taken = sum(np.allclose(corner, other, atol=0.1) for other in corners)
+            corners.append(corner)
+            _badge(
+                axis, (corner[0] + 0.16 * taken, corner[1]), label, colour
+            )  # beside that of a region around it
             crop = _crop(frames[frame], regions[index]["box"])
             scale = min((slot - 0.08) / size[1], 0.9 / size[0])
             crop_size = (size[0] * scale, size[1] * scale)

@@ -78,6 +78,7 @@ def run_side_by_side(cells: Sequence[Cell], jobs: int, budget: str, output: path
     shares = [cores[job::jobs] for job in range(jobs)]
     running: dict[Cell, tuple[subprocess.Popen[bytes], list[int]]] = {}
     failed: list[Cell] = []
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         with tqdm(total=len(cells), initial=len(cells) - len(waiting), desc="cells", unit="cell") as bar:
             while waiting or running:
@@ -91,12 +92,12 @@ def run_side_by_side(cells: Sequence[Cell], jobs: int, budget: str, output: path
                         shares.append(share)
                         failed += [cell] if process.returncode else []
                         bar.update()
-    except KeyboardInterrupt:
+    finally:
+        signal.signal(signal.SIGTERM, previous)
         for process, _ in running.values():
-            process.send_signal(signal.SIGINT)  # each saves where it is
+            process.terminate()  # each saves where it is
         for process, _ in running.values():
             process.wait()
-        raise
     if failed:
         logs = ", ".join(str(_log_of(cell, output)) for cell in failed)
         raise ValueError(f"{len(failed)} of {len(cells)} cells failed; see the end of {logs}")
@@ -112,7 +113,10 @@ def _start(cell: Cell, share: Sequence[int], budget: str, output: pathlib.Path) 
     path.parent.mkdir(parents=True, exist_ok=True)
     line = [sys.executable, "-m", "dilbert_jax.reproduce", f"--budget={budget}", f"--output={output}"]
     with path.open("a", encoding="utf-8") as log:
-        process = subprocess.Popen([*line, f"--cells={cell.name}"], stdout=log, stderr=subprocess.STDOUT)
+        # In a session of its own: Ctrl-C reaches it once, through this process, and does not cut its step short.
+        process = subprocess.Popen(
+            [*line, f"--cells={cell.name}"], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
     if share:
         os.sched_setaffinity(process.pid, share)
     return process

@@ -103,6 +103,16 @@ def read_cell(cell: Cell, output: pathlib.Path, budget: str) -> dict[str, Any] |
     return record
 
 
+def holds_the_run(cell: Cell, output: pathlib.Path, budget: str) -> bool:
+    """Whether the cell's run is here, and is the one that its record tells of: some are taken from elsewhere."""
+    folder, record = workdir_of(cell, output), read_cell(cell, output, budget)
+    if record is None or not is_complete(folder) or not (folder / "eval.json").exists():
+        return False
+    return _summary(json.loads((folder / "eval.json").read_text(encoding="utf-8"))) == record.get(
+        "evaluation"
+    )
+
+
 def _check_config(record: Mapping[str, Any], cell: Cell, budget: str, source: str) -> None:
     """Raises `ValueError` where a record was made with other settings than this version's. New fields do not count."""
     revision = record.get("revision", 1)

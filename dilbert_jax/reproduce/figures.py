@@ -21,11 +21,11 @@ from dilbert_jax.evaluation.figures import MUTED, display_name, encode_figure, f
 from dilbert_jax.evaluation.match_figures import entity_frame_graph, entity_region_figure
 from dilbert_jax.experiment import Experiment, open_experiment
 from dilbert_jax.input_pipeline import evaluation_batches
-from dilbert_jax.reproduce.cells import workdir_of
+from dilbert_jax.reproduce.cells import holds_the_run, workdir_of
 from dilbert_jax.reproduce.grid import MAIN_SHAPE, SHAPES, Cell, cell_config
 from dilbert_jax.training.log import read_metrics
 from dilbert_jax.training.objectives import pretraining_forward
-from dilbert_jax.training.stages import STAGES, is_complete, network_params
+from dilbert_jax.training.stages import STAGES, network_params
 from dilbert_jax.training.step import device_entries
 from dilbert_jax.training.weights import QUANTILES
 
@@ -40,7 +40,8 @@ def draw_figures(
     """Draws the wanted figures of one data set from the cells of one seed.
 
     Returns:
-      For each `figure` (its number), `title`, `caption` and `png`; those whose run is not finished here are left out.
+      For each `figure` (its number), `title`, `caption` and `png`; those whose run is not here, or is another than the
+      record tells of, are left out.
     """
     drawn: list[dict[str, Any]] = []
 
@@ -48,7 +49,7 @@ def draw_figures(
         drawn.append({"figure": number, "title": title, "caption": caption, "png": png})
 
     main = Cell(dataset, "dilbert", MAIN_SHAPE, seed)
-    if is_complete(workdir_of(main, output)):
+    if holds_the_run(main, output, budget):
         experiment = open_experiment(cell_config(main, budget), workdir_of(main, output))
         if "7" in numbers:
             add("7", f"{dataset}: language and image features",
@@ -63,7 +64,7 @@ def draw_figures(
                 weight_figure(rows))  # fmt: skip
     for size in SHAPES if "10" in numbers else (MAIN_SHAPE,):
         cell = Cell(dataset, "dilbert", size, seed)
-        if not is_complete(workdir_of(cell, output)) or not {"9", "10"} & set(numbers):
+        if not {"9", "10"} & set(numbers) or not holds_the_run(cell, output, budget):
             continue
         annotation, frames, name = _annotated(cell, budget, output)
         if not annotation["entities"]:

@@ -21,9 +21,14 @@ SYNTHETIC_REPORTS = "Synthetic reports: those of {} are composed from labels, no
 SWEPT_HEADS = ("condition", "findings")
 PAPER = "The paper's own figures are not in the text at hand; only the order that it claims can be compared."
 
+FOLDS = (
+    "Where a set has no splits of its own, each seed tests a fold. Folds share training data: their intervals are "
+    "somewhat too narrow."
+)
 VALUE_NOTES = (
     "Values: mean over seeds [95 % interval of Student's t, which can leave 0 to 1 where few seeds differ] (chance). "
-    "Bold: the best, with p < 0.05 in paired t-tests against every other system, Holm-adjusted. "
+    "Bold: the best (DILBERT's teacher does not compete), with p < 0.05 in paired t-tests against every other system, "
+    "Holm-adjusted. "
     "One seed has neither."
 )
 
@@ -103,8 +108,8 @@ def write_sweep(cells: Sequence[Cell], budget: str, output: pathlib.Path, comman
         assert cell.rate is not None
         score = None
         if "diverged" not in record:
-            networks = record["evaluation"]["networks"].values()
-            figures = [n["annotation"][h]["macro"]["f1"]["value"] for n in networks for h in SWEPT_HEADS]
+            network = record["evaluation"]["networks"]["student"]  # the one that the tables compare
+            figures = [network["annotation"][h]["macro"]["f1"]["value"] for h in SWEPT_HEADS]
             score = sum(figures) / len(figures)
         table.setdefault(cell.system, {})[cell.rate] = score
     chosen = {s: max(scores, key=lambda r: (scores[r] or 0.0, -r)) for s, scores in table.items()}
@@ -113,8 +118,8 @@ def write_sweep(cells: Sequence[Cell], budget: str, output: pathlib.Path, comman
         f"# Learning rates by system (budget `{budget}`)",
         "",
         f"`{command}`, commit {commit() or 'unknown'}: every system once at each rate, the same budget.",
-        "Mean of the macro F1 of condition and findings on validation clips, over a system's networks (one seed, which",
-        "no table uses); the best is kept.",
+        "Mean of the macro F1 of condition and findings on validation clips (one seed, which no table uses; of DILBERT",
+        "its student); the best is kept.",
         "",
         "| system | " + " | ".join(f"{rate:g}" for rate in rates) + " | kept |",
         "|---" * (len(rates) + 2) + "|",
@@ -143,12 +148,32 @@ def _notices(
         _sizes(dataset, [e for e in evaluated if e["dataset"].split("/")[0] == dataset])
         for dataset in datasets
     ]
+    if any(e["fold"] is not None for e in evaluated):
+        notices.append(FOLDS)
+    notices += _mixtures(found)
     if len(found) < len(cells):
         notices.append(f"Incomplete: {len(found)} of {len(cells)} planned cells are finished.")
     if results.diverged:
         notices.append(f"Diverged, and left out of every mean: {', '.join(results.diverged)}.")
     if len({cell.seed for cell in cells}) < 2:
         notices.append("One seed: no intervals, no tests, every claim undecided.")
+    return notices
+
+
+def _mixtures(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a reader must know of cells that were not all made alike."""
+    notices = []
+    prints: dict[tuple[str, Any], set[str]] = {}
+    for record in found.values():
+        if e := record.get("evaluation"):
+            prints.setdefault((e["dataset"], e["fold"]), set()).add(e["data_fingerprint"])
+    for dataset in sorted({d for (d, _), seen in prints.items() if len(seen) > 1}):
+        notices.append(f"{dataset}: not all cells saw the same data; Provenance has the fingerprint of each.")
+    commits = sorted({record["commit"] for record in found.values()})
+    if len(commits) > 1:
+        notices.append(
+            f"Trained by {len(commits)} commits of one revision of the method: {'; '.join(commits)}."
+        )
     return notices
 
 
@@ -226,6 +251,8 @@ def _clip_text(row: Mapping[str, Any]) -> str:
 
 
 def _differences(claim: Mapping[str, Any]) -> list[str]:
+    if claim["verdict"] == judged.UNTESTABLE:
+        return [claim["test"]]
     return [_difference(name, pair) for name, pair in claim["differences"].items()]
 
 
@@ -236,9 +263,8 @@ def _rows_above_chance(content: Mapping[str, Any]) -> tuple[list[str], list[dict
         difference = row["above_chance"]
         text = f"{difference['value']:+.3f}"
         if difference["low"] is not None:
-            text += f" [{difference['low']:+.3f}, {difference['high']:+.3f}]" + (
-                "" if row["beats"] else " no"
-            )
+            verdict = "" if row["beats"] else " below" if difference["high"] < 0 else " no"
+            text += f" [{difference['low']:+.3f}, {difference['high']:+.3f}]{verdict}"
         rows.setdefault((row["dataset"], row["system"]), {})[row["task"]] = text
     return tasks, [
         {"dataset": d, "system": s, "cells": [cells.get(t, "–") for t in tasks]}

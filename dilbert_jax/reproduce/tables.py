@@ -119,13 +119,15 @@ def chance_macro(measure: str, head: str | None = None) -> Figure:
 
 
 def task_figure(task: str, k: int = 1, kind: str = "recall") -> Figure:
-    """R@k of a task (`kind` "recall") or what training frequencies alone give ("frequent").
+    """R@k of a task (`kind` "recall"), what training frequencies alone give ("frequent"), or its "classes".
 
     For matching, a choice of two where R@10 says nothing: its accuracy, and the larger class's share.
     """
 
     def look_up(record: Mapping[str, Any], network: str) -> float | None:
         figures = record["evaluation"]["networks"][network]["pretraining"][task]
+        if kind == "classes":
+            return figures.get("num_classes")
         if task == "cmm":
             return figures["accuracy" if kind == "recall" else "chance"]
         return figures[f"{kind}_at_{k}"]
@@ -134,12 +136,16 @@ def task_figure(task: str, k: int = 1, kind: str = "recall") -> Figure:
 
 
 def compare(first: Mapping[int, float], second: Mapping[int, float]) -> dict[str, Any] | None:
-    """The paired difference over common seeds: value, low, high, p, n; None without any."""
+    """The paired difference over common seeds: value, low, high, p, n; None without any.
+
+    Where every seed differs by the same, the spread is unknown, not 0: low, high and p are None.
+    """
     seeds = [s for s in first if s in second]
     if not seeds:
         return None
     pair = [first[s] for s in seeds], [second[s] for s in seeds]
-    return {**paired_difference(*pair).to_json(), "p": paired_p(*pair), "n": len(seeds)}
+    found = {**paired_difference(*pair).to_json(), "p": paired_p(*pair), "n": len(seeds)}
+    return found if found["p"] is not None else {**found, "low": None, "high": None}
 
 
 def column(
