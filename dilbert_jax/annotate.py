@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dilbert_jax.annotation import Thresholds, annotate_clips
 from dilbert_jax.experiment import ModelContext, load_context
-from dilbert_jax.media import Clip, MediaError, find_media, read_clip
+from dilbert_jax.media import Clip, MediaError, find_media, printable, read_clip
 from dilbert_jax.report import PAGE_SIDE, render_annotation, render_index
 from dilbert_jax.run import use_compilation_cache
 from dilbert_jax.training.objectives import NETWORKS
@@ -221,12 +221,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     entries: list[dict[str, Any]] = []
     for path, folder, entry in zip(files, folders, annotate_files(annotator, outputs), strict=True):
         href = {} if "reason" in entry else {"href": (folder / "annotation.html").as_posix()}
-        entries.append({"file": str(folder) if is_folder else path.name, **href, **entry})
+        entries.append({"file": printable(folder if is_folder else path.name), **href, **entry})
     failed = sum("reason" in e for e in entries)
     if is_folder:
         args.output.mkdir(parents=True, exist_ok=True)
         render_index(entries, args.output / "index.html")
-        summary = [{k: v for k, v in e.items() if k not in ("annotation", "frames")} for e in entries]
+        summary = [
+            {k: printable(v) if k == "href" else v for k, v in e.items() if k not in ("annotation", "frames")}
+            for e in entries
+        ]
         (args.output / "summary.json").write_text(
             json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8"
         )
@@ -234,7 +237,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description = entries[0]["annotation"]["description"]
         print(description["en"])
         print(description["zh"])
-    print(f"{len(entries) - failed} of {len(entries)} annotated, {failed} failed; see {args.output}")
+    print(
+        f"{len(entries) - failed} of {len(entries)} annotated, {failed} failed; see {printable(args.output)}"
+    )
     return 1 if failed else 0
 
 

@@ -137,7 +137,7 @@ def render_index(entries: Iterable[Mapping[str, Any]], path: str | os.PathLike[s
                 "" if frames is None else _data_uri(_encode(frames[len(frames) // 2], 120, 75), "jpeg")
             )
             # Quoting the colon too keeps a file name from becoming a link of another kind ("javascript:").
-            href = urllib.parse.quote(str(entry["href"]), safe="/")
+            href = urllib.parse.quote(os.fsencode(entry["href"]), safe="/")
             done.append({**entry, "href": href, "thumbnail": thumbnail})
         else:
             raise ValueError(f"{entry.get('file')}: the entry has neither 'annotation' nor 'reason'")

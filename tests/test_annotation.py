@@ -3,13 +3,17 @@
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
+import types
 
 import jax
 import numpy as np
 import pytest
-from small_export import shared_experiment
+from PIL import Image
+from small_export import make_clip, shared_experiment
 
+from dilbert_jax import annotate
 from dilbert_jax import annotation as annotation_module
 from dilbert_jax.annotation import (
     NOTICE,
@@ -421,3 +425,54 @@ def test_full_batches_run_as_soon_as_they_are_full(experiment, batches):
     assert batches == [(3, 4)] * 2
     with pytest.raises(ValueError, match="batch_size"):
         next(annotate_clips(experiment.context, None, clips, Thresholds({}, {}), model={}, batch_size=0))
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def annotated(experiment, batches, monkeypatch, tmp_path):
+    """Runs the command with a network that answers at once; returns the exit status."""
+
+    def stream(clips, batch_size):
+        model = {"network": "student", "stage": "finetune", "step": 1, "dataset": "d"}
+        return annotate_clips(
+            experiment.context, None, clips, Thresholds({}, {}), model=model, batch_size=batch_size
+        )
+
+    def run(source, output):
+        return annotate.main(["--workdir=none", f"--input={source}", f"--output={output}"])
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(annotate, "Annotator", lambda *_: types.SimpleNamespace(annotate_stream=stream))
+    return run
+
+
+def write_still(path):
+    Image.fromarray(make_clip("kidney", "stone", 1, 2)[0][0]).save(path)
+
+
+def test_names_that_are_not_utf_8_are_annotated_like_all_others(annotated, tmp_path):
+    inbox, out = tmp_path / "inbox", tmp_path / os.fsdecode(b"out \xff")
+    inbox.mkdir()
+    names = [os.fsdecode(name) for name in (b"a.png", b"\xb9\xfa.png", b"\xd6\xd0.png")]
+    for name in names:
+        write_still(inbox / name)
+    (inbox / os.fsdecode(b"\xd6\xd1.png")).write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert annotated(inbox, out) == 1
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    assert [e["file"] for e in summary] == [
+        "a.png",
+        r"\udcb9\udcfa.png",
+        r"\udcd6\udcd0.png",
+        r"\udcd6\udcd1.png",
+    ]
+    assert ["reason" in e for e in summary] == [False, False, False, True]
+    assert summary[2]["href"] == r"\udcd6\udcd0.png/annotation.html"
+    for name, entry in zip(names, summary, strict=False):
+        page = json.loads((out / name / "annotation.json").read_text(encoding="utf-8"))
+        assert page["source"]["file"] == entry["file"]
+        assert entry["file"] in (out / name / "annotation.html").read_text(encoding="utf-8")
+    index = (out / "index.html").read_text(encoding="utf-8")
+    assert 'href="%D6%D0.png/annotation.html"' in index and r"\udcd6\udcd1.png" in index
+    assert annotated(inbox / names[2], tmp_path / "alone") == 0

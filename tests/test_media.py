@@ -855,6 +855,19 @@ def test_find_media_lists_by_content_in_natural_order(tmp_path):
         find_media(tmp_path / "absent")
 
 
+def test_a_name_that_is_not_utf_8_can_be_written(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xd6\xd0 \xe4\xb8\xad.png")
+    path.write_bytes(_png())
+    assert read_clip(path).source == read_stills([path]).source == str(tmp_path / r"\udcd6\udcd0 中.png")
+    path.write_bytes(b"")
+    with pytest.raises(MediaError) as caught:
+        read_clip(path)
+    assert (
+        caught.value.path == path
+        and str(caught.value) == f"{tmp_path}/\\udcd6\\udcd0 中.png: is empty (0 bytes)"
+    )
+
+
 def test_frame_sizes_of_code_streams():
     frame = make_gray(1, 24, 40)[0]
     assert read_frame_size(encode(frame, "JPEG")) == (24, 40)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -19,6 +20,18 @@ MAX_FILE_BYTES = 2 * 2**30
 WHOLE_IMAGE = (0.0, 0.0, 1.0, 1.0)
 
 
+def printable(path: str | os.PathLike[str]) -> str:
+    r"""A file's name as text that can be written anywhere.
+
+    Args:
+        path: the file; bytes of its name that are no UTF-8 are surrogates in Python, which UTF-8 cannot hold.
+
+    Returns:
+        The name, with `\udcd6` for the byte D6 where it is no UTF-8.
+    """
+    return os.fspath(path).encode("utf-8", "backslashreplace").decode()
+
+
 class MediaError(Exception):
     """One media file that cannot be used.
 
@@ -33,7 +46,7 @@ class MediaError(Exception):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return f"{printable(self.path)}: {self.reason}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +58,7 @@ class Clip:
         fps: frames per second of the source (before any selection), None for stills or if unknown.
         pixel_spacing_mm: (row, column) distance between pixel centres in mm, None if not calibrated.
         decoder: the libraries and versions that decoded the pixels.
-        source: path of the file; of an image sequence the first file and the count of the others.
+        source: path of the file, as `printable`; of an image sequence the first file and the count of the others.
         region: (ymin, xmin, ymax, xmax) in [0, 1], bounding box of the pixels that were kept; the whole
             image if nothing was blanked.
         frame_index: source frame number of each kept frame, T entries.

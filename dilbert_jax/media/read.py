@@ -14,6 +14,7 @@ from dilbert_jax.media.clip import (
     Decoded,
     MediaError,
     check_size,
+    printable,
     silence_libraries,
 )
 from dilbert_jax.media.dicom import decode_dicom
@@ -209,7 +210,7 @@ def _finish(decoded: Decoded, source: str, blank_outside_sector: bool) -> Clip:
         fps=decoded.fps,
         pixel_spacing_mm=decoded.pixel_spacing_mm,
         decoder=decoded.decoder,
-        source=source,
+        source=printable(source),
         region=region,
         frame_index=decoded.frame_index,
     )
