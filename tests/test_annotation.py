@@ -476,3 +476,22 @@ def test_names_that_are_not_utf_8_are_annotated_like_all_others(annotated, tmp_p
     index = (out / "index.html").read_text(encoding="utf-8")
     assert 'href="%D6%D0.png/annotation.html"' in index and r"\udcd6\udcd1.png" in index
     assert annotated(inbox / names[2], tmp_path / "alone") == 0
+
+
+def test_files_that_are_no_clips_fail_when_their_names_say_that_they_are(annotated, tmp_path, capsys):
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    write_still(inbox / "a.png")
+    for name, content in {
+        "empty.dcm": b"", "tiny.DCM": b"\0" * 100, "x.webp": b"RIFF1234WEBPVP8 ", "lost.mp4": b"ID3",
+        "notes.txt": b"no clip", "table.csv": b"a,b", "labels.json": b"{}", "DICOMDIR": b"", ".a.png": b"", "DONE": b"",
+    }.items():  # fmt: skip
+        (inbox / name).write_bytes(content)
+    assert annotated(inbox, tmp_path / "out") == 1
+    printed = capsys.readouterr()
+    assert "1 of 5 annotated, 4 failed" in printed.out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    reasons = {e["file"]: e["reason"] for e in summary if "reason" in e}
+    assert reasons.keys() == {"empty.dcm", "tiny.DCM", "x.webp", "lost.mp4"}
+    assert reasons["empty.dcm"] == "is empty (0 bytes)" and "of a known kind" in reasons["x.webp"]
+    assert all(printed.err.count(f"{name}: {reason}") == 1 for name, reason in reasons.items())

@@ -849,10 +849,22 @@ def test_find_media_lists_by_content_in_natural_order(tmp_path):
     write_dicom(tmp_path / "clip", make_gray(2))
     (tmp_path / "broken_link.png").symlink_to(tmp_path / "absent")
     names = [str(path.relative_to(tmp_path)) for path in find_media(tmp_path)]
-    assert names == ["clip", "frame2.png", "frame10.png", "sub/x.bin"]
+    # What only its name calls media is listed too: reading says why it is none.
+    assert names == ["broken_link.png", "clip", "frame2.png", "frame10.png", "notes.png", "sub/x.bin"]
     assert find_media(tmp_path / "table.csv") == [tmp_path / "table.csv"]
     with pytest.raises(MediaError, match="no such file or folder"):
         find_media(tmp_path / "absent")
+
+
+def test_find_media_lists_what_cannot_be_opened(tmp_path, monkeypatch):
+    for name in ("IM0001", "a.png"):
+        (tmp_path / name).write_bytes(_png())
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert [path.name for path in find_media(tmp_path)] == ["IM0001", "a.png"]
 
 
 def test_a_name_that_is_not_utf_8_can_be_written(tmp_path):

@@ -23,6 +23,11 @@ from dilbert_jax.media.sector import blank_outside
 from dilbert_jax.media.video import decode_video
 
 _IMAGE_STARTS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\x00", b"MM\x00*", b"GIF87a", b"GIF89a")
+# Files so called are meant to be clips, recognised or not: an interrupted copy leaves such a file empty.
+_MEDIA_SUFFIXES = {
+    ".dcm", ".dicom", ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg",
+    ".png", ".jpg", ".jpeg", ".jp2", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+}  # fmt: skip
 _QUICKTIME_ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 
 
@@ -103,7 +108,8 @@ def find_media(path: str | Path) -> list[Path]:
         path: file or folder; hidden files, DICOMDIR indexes and linked folders are passed over.
 
     Returns:
-        Paths in natural order (frame2 before frame10), the same on every machine.
+        Paths in natural order (frame2 before frame10), the same on every machine. Files that only their suffix
+        calls media, and files that cannot be opened, are among them, so that reading says what is wrong.
 
     Raises:
         MediaError: nothing exists at path.
@@ -121,10 +127,11 @@ def find_media(path: str | Path) -> list[Path]:
             if name.startswith(".") or name.upper() == "DICOMDIR":
                 continue
             try:
-                if _recognise(candidate, _read_start(candidate)):
-                    found.append(candidate)
+                known = _recognise(candidate, _read_start(candidate))
             except MediaError:
-                continue
+                known = "unreadable"
+            if known or candidate.suffix.lower() in _MEDIA_SUFFIXES:
+                found.append(candidate)
     return sorted(found, key=_natural_order)
 
 
