@@ -179,6 +179,13 @@ def _write(annotation: dict[str, Any], page: _Page, output: pathlib.Path) -> Non
     render_annotation(annotation, page.frames, output / "annotation.html", source_frames=page.frame_index)
 
 
+def _check_output(output: pathlib.Path, folders: Iterable[pathlib.Path]) -> None:
+    """Refuses an output where a file lies in the place of a folder, as when it is the input itself."""
+    for place in (place for folder in folders for place in (folder, *folder.parents)):
+        if place.exists() and not place.is_dir():
+            raise FileExistsError(f"--output {output}: {place} is a file; name another folder to write to")
+
+
 def in_source_frames(annotation: dict[str, Any], frame_index: Sequence[int]) -> dict[str, Any]:
     """Renumbers an annotation from kept frames to frames of the source (they differ in long clips)."""
     number = np.asarray(frame_index) if len(frame_index) else None
@@ -206,18 +213,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     use_compilation_cache()
     try:
-        files = find_media(args.input)
+        files, is_folder = find_media(args.input), args.input.is_dir()
         if not files:
             raise FileNotFoundError(f"{args.input} holds no media file")
+        # A folder a file, suffix and all: a.png and a.dcm are two clips.
+        folders = [path.relative_to(args.input) if is_folder else pathlib.Path() for path in files]
+        outputs = {path: args.output / folder for path, folder in zip(files, folders, strict=True)}
+        _check_output(args.output, outputs.values())
         annotator = Annotator(args.workdir, args.network)
     except (MediaError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    is_folder = args.input.is_dir()
-    # A folder a file, suffix and all: a.png and a.dcm are two clips.
-    folders = [path.relative_to(args.input) if is_folder else pathlib.Path() for path in files]
-    outputs = {path: args.output / folder for path, folder in zip(files, folders, strict=True)}
     entries: list[dict[str, Any]] = []
     for path, folder, entry in zip(files, folders, annotate_files(annotator, outputs), strict=True):
         href = {} if "reason" in entry else {"href": (folder / "annotation.html").as_posix()}

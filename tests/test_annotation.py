@@ -495,3 +495,30 @@ def test_files_that_are_no_clips_fail_when_their_names_say_that_they_are(annotat
     assert reasons.keys() == {"empty.dcm", "tiny.DCM", "x.webp", "lost.mp4"}
     assert reasons["empty.dcm"] == "is empty (0 bytes)" and "of a known kind" in reasons["x.webp"]
     assert all(printed.err.count(f"{name}: {reason}") == 1 for name, reason in reasons.items())
+
+
+@pytest.mark.parametrize("case", ["folder into itself", "file onto itself", "onto a file", "below a file"])
+def test_an_output_that_is_a_file_is_refused_before_the_run_is_loaded(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(annotate, "Annotator", lambda *_: pytest.fail("the run was loaded"))
+    (tmp_path / "inbox").mkdir()
+    still, file = tmp_path / "inbox" / "a.png", tmp_path / "file"
+    write_still(still)
+    file.write_text("kept")
+    source, output, named = {
+        "folder into itself": (still.parent, still.parent, still),
+        "file onto itself": (still, still, still),
+        "onto a file": (still.parent, file, file),
+        "below a file": (still, file / "out", file),
+    }[case]
+    content = still.read_bytes()
+    assert annotate.main(["--workdir=none", f"--input={source}", f"--output={output}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --output {output}: {named} is a file") and error.count("\n") == 1
+    assert still.read_bytes() == content and file.read_text() == "kept"
+
+
+def test_an_output_inside_the_input_is_a_folder_like_any_other(annotated, tmp_path):
+    write_still(tmp_path / "a.png")
+    for _ in range(2):
+        assert annotated(tmp_path, tmp_path / "annotations") == 0
