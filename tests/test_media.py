@@ -504,6 +504,24 @@ def test_text_beside_the_sector_is_blanked_and_tissue_is_kept(tmp_path, moving):
     assert xmin <= columns[0] / 640 <= xmin + 0.03 and xmax - 0.03 <= columns[-1] / 640 <= xmax
 
 
+def test_a_calibrated_region_of_the_whole_screen_leaves_no_text(tmp_path):
+    frames, sector = make_screen()
+    clean = frames.copy()
+    draw_text(frames, "DOE JANE 1970-01-01", (8, 8))
+    text = frames != clean
+    for region in (make_region(0, 0, 639, 479), make_region(0, 5, 639, 474)):
+        path = write_dicom(tmp_path / "a.dcm", frames, SequenceOfUltrasoundRegions=[region])
+        result = read_clip(path)
+        assert text.any() and not result.frames[text].any()
+        assert (result.frames == frames)[:, sector].all() and result.pixel_spacing_mm is not None
+    # A smaller region is believed, and so is any where no sector stands out.
+    path = write_dicom(tmp_path / "a.dcm", frames, SequenceOfUltrasoundRegions=[make_region(0, 0, 639, 449)])
+    np.testing.assert_array_equal(read_clip(path).frames[:, :450], frames[:, :450])
+    full = np.full((1, 100, 200), 90, np.uint8)
+    path = write_dicom(tmp_path / "a.dcm", full, SequenceOfUltrasoundRegions=[make_region(0, 2, 199, 99)])
+    assert read_clip(path).region == pytest.approx((0.02, 0, 1, 1))
+
+
 def test_a_bright_wall_behind_a_shadow_is_kept_and_a_banner_is_not(tmp_path):
     rng = np.random.default_rng(5)
     frame = np.full((512, 512), 4, np.uint8)

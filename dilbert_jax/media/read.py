@@ -37,8 +37,9 @@ def read_clip(path: str | Path, *, max_frames: int | None = None, blank_outside_
     Args:
         path: the file.
         max_frames: keep at most this many frames, evenly spaced with the first and the last; None keeps all.
-        blank_outside_sector: set pixels outside the calibrated regions of a DICOM, or else outside the
-            detected scan sector, to 0; text burned in there may name the patient whatever the header says.
+        blank_outside_sector: set pixels outside the calibrated regions of a DICOM to 0; without these, or where
+            they cover the frame, outside the detected scan sector. Text burned in there may name the patient
+            whatever the header says. Where no sector stands out nothing is blanked.
 
     Returns:
         The clip; a still image is a clip of one frame.

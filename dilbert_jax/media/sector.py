@@ -28,6 +28,7 @@ _MAX_FLAT = 0.1  # of an island; colour bars and banners are flatter
 _MAX_ISLAND = 0.02  # of the frame; banners and tables are larger
 _MIN_PART = 0.1  # of the largest part: a second image of a split screen is larger, a logo smaller
 _MIN_AREA = 0.08  # of the frame
+_MAX_REGION = 0.95  # of the frame; a larger calibrated region is the screen, text and all
 _MAX_OUTSIDE = 0.35  # of the echoes: more than this outside the sector means that it was not found
 
 
@@ -36,25 +37,22 @@ def blank_outside(
 ) -> tuple[np.ndarray, tuple[float, float, float, float]]:
     """Set every pixel outside the calibrated regions, or else outside the detected scan sector, to 0.
 
+    Regions that cover nearly the whole frame leave text beside the sector, which is then detected within them.
     Where no sector can be told from its surroundings the frames stay as they are: tissue must not be lost.
 
     Args:
         frames: uint8 [T, H, W].
-        regions: calibrated pixel boxes (y0, x0, y1, x1) inside the frame; empty to detect the sector.
+        regions: calibrated pixel boxes (y0, x0, y1, x1) inside the frame; may be empty.
 
     Returns:
         Blanked frames uint8 [T, H, W], and the bounding box (ymin, xmin, ymax, xmax) in [0, 1] of the rest.
     """
     height, width = frames.shape[1:]
-    if regions:
-        keep = np.zeros((height, width), bool)
-        for y0, x0, y1, x1 in regions:
-            keep[y0:y1, x0:x1] = True
-    else:
-        found = detect_sector(frames)
-        if found is None:
-            return frames, WHOLE_IMAGE
-        keep = found
+    keep = np.full((height, width), not regions)
+    for y0, x0, y1, x1 in regions:
+        keep[y0:y1, x0:x1] = True
+    if keep.mean() > _MAX_REGION and (found := detect_sector(frames)) is not None:
+        keep &= found
     rows, columns = np.flatnonzero(keep.any(1)), np.flatnonzero(keep.any(0))
     if keep.all():
         return frames, WHOLE_IMAGE
