@@ -442,6 +442,24 @@ def test_pixel_spacing_without_regions(tmp_path):
     assert read_raw(path).pixel_spacing_mm is None
 
 
+@pytest.mark.parametrize(
+    ("keyword", "value", "error"),
+    [("PixelSpacing", b"0.2\\Doe ", "ValueError"), ("SequenceOfUltrasoundRegions", b"Doe ", "OSError")],
+)
+def test_a_malformed_calibration_does_not_cost_the_pixels(tmp_path, keyword, value, error, caplog):
+    dataset = make_dataset(make_gray(2), syntax=ImplicitVRLittleEndian)
+    dataset.add_new(
+        keyword, "OB", value
+    )  # an implicit data set holds no representation, so any bytes can stand there
+    dataset.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    result = read_raw(tmp_path / "a.dcm")
+    np.testing.assert_array_equal(result.frames, make_gray(2))
+    assert result.pixel_spacing_mm is None
+    assert caplog.messages == [
+        f"{tmp_path / 'a.dcm'}: read without its calibration, which is malformed ({error})"
+    ]
+
+
 @pytest.mark.parametrize("name", ["ybr_color", "rgb_color", "palette_color", "jpeg2k"])
 def test_examples_of_pydicom_match_its_own_luma(name):
     dataset = getattr(pydicom.examples, name)

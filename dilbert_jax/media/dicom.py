@@ -1,6 +1,7 @@
 """DICOM through pydicom: single and multi-frame, every transfer syntax that its plugins decode."""
 
 import importlib.metadata
+import logging
 import zlib
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from dilbert_jax.media.clip import (
     MediaError,
     check_size,
     luma,
+    printable,
     select_frames,
 )
 from dilbert_jax.media.codestream import count_precincts, read_frame_size
+
+_log = logging.getLogger(__name__)
 
 # Only these are ever read: what identifies the patient stays in the file.
 _HEADER_TAGS = [
@@ -176,7 +180,13 @@ def _decode(path: Path, dataset: pydicom.Dataset, max_frames: int | None) -> Dec
     decoder = f"pydicom {pydicom.__version__}"
     if package:
         decoder += f" {package} {importlib.metadata.version(package)}"
-    regions, spacing = _read_regions(dataset, rows, columns)
+    try:
+        regions, spacing = _read_regions(dataset, rows, columns)
+    except Exception as error:
+        # The pixels do without it. The library's text may quote header values.
+        kind = type(error).__name__
+        _log.warning("%s: read without its calibration, which is malformed (%s)", printable(path), kind)
+        regions, spacing = (), None
     fps = _read_frame_rate(dataset) if num_frames > 1 else None
     return Decoded(frames, decoder, tuple(chosen), fps, spacing, regions)
 
