@@ -160,6 +160,9 @@ def draw_contact_sheet(records: Sequence[Record], path: str | os.PathLike[str], 
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
+    from dilbert_jax.evaluation.figures import display_name, figure_style
+
+    fonts = figure_style()["font.family"]
     rows = -(-len(records) // columns)
     figure = Figure(figsize=(2.9 * columns, 2.9 * rows), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
@@ -186,12 +189,19 @@ def draw_contact_sheet(records: Sequence[Record], path: str | os.PathLike[str], 
                     )
                 )
                 axes.text(
-                    corner[0], corner[1], region.label, color=colours[region.label], fontsize=7, va="bottom"
+                    corner[0],
+                    corner[1],
+                    region.label,
+                    color=colours[region.label],
+                    fontsize=7,
+                    va="bottom",
+                    parse_math=False,
                 )
-        title = (
-            f"{record.study_id}\n{record.organ} {record.condition}  frame {frame + 1}/{len(record.frames)}"
-        )
-        axes.set_title(title, fontsize=7)
+        # Where no installed font has a character its number is shown: a box would name nothing.
+        escaped = ascii(record.study_id)[1:-1]
+        study_id = display_name(record.study_id, {"en": escaped, "zh": record.study_id}, "zh")
+        title = f"{study_id}\n{record.organ} {record.condition}  frame {frame + 1}/{len(record.frames)}"
+        axes.set_title(title, fontsize=7, fontfamily=fonts, parse_math=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +43,11 @@ def test_prepare_list_show(folders, capsys, tmp_path):
         assert image.width > 1000 and image.height > 500
 
 
-def test_contact_sheet_draws_boxes_on_the_frame_that_has_them(tmp_path):
+def make_record(study_id="s", label="lesion"):
     frames = np.zeros((3, 50, 80), np.uint8)
     frames[2] = 120
-    record = Record(
-        study_id="s",
+    return Record(
+        study_id=study_id,
         group_id="g",
         frames=frames,
         organ="liver",
@@ -56,9 +57,22 @@ def test_contact_sheet_draws_boxes_on_the_frame_that_has_them(tmp_path):
         report_is_synthetic=True,
         source="",
         decoder="",
-        regions=(Region(2, (0.2, 0.2, 0.8, 0.8), "lesion"),),
+        regions=(Region(2, (0.2, 0.2, 0.8, 0.8), label),),
     )
-    datasets.draw_contact_sheet([record], tmp_path / "a.png", columns=1)
+
+
+def test_contact_sheet_shows_study_ids_of_any_characters(tmp_path):
+    pictures = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for study_id in ("$a{$ b", "a\tb", "肝脏 07", "肝囊 07"):
+            datasets.draw_contact_sheet([make_record(study_id, "$x{$")], tmp_path / "a.png", columns=1)
+            pictures.append((tmp_path / "a.png").read_bytes())
+    assert len(set(pictures)) == 4  # boxes in the place of characters would look alike
+
+
+def test_contact_sheet_draws_boxes_on_the_frame_that_has_them(tmp_path):
+    datasets.draw_contact_sheet([make_record()], tmp_path / "a.png", columns=1)
     pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).reshape(-1, 3)
     assert (pixels == (120, 120, 120)).all(1).sum() > 5000
     assert (pixels == (31, 119, 180)).all(1).sum() > 200  # the box in the first colour of the cycle
