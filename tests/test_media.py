@@ -3,6 +3,7 @@
 import io
 import os
 import time
+import types
 import warnings
 import zlib
 from fractions import Fraction
@@ -767,6 +768,35 @@ def test_video_cut_in_its_frames_is_refused(tmp_path):
     path.write_bytes(data[: len(data) * 3 // 4])
     with pytest.raises(MediaError, match="truncated or damaged after"):
         read_clip(path)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mkv", "mpeg4"), ("a.webm", "libvpx")])
+def test_matroska_shorter_than_it_says_is_refused(tmp_path, name, codec):
+    path = write_video(tmp_path / name, make_gray(40), codec)
+    data = path.read_bytes()
+    path.write_bytes(data + b"\0" * 9)
+    assert len(read_clip(path).frames) == 40
+    for cut in (1, len(data) // 10, len(data) // 2, len(data) * 3 // 4):
+        path.write_bytes(data[:-cut])
+        with pytest.raises(
+            MediaError, match=f"is truncated: it says {len(data)} bytes and has {len(data) - cut}"
+        ):
+            read_clip(path, max_frames=4)
+
+
+def test_matroska_of_unknown_size_is_read(tmp_path):
+    """A recorder that writes to a pipe cannot go back and enter the size."""
+    frames, buffer = make_gray(), io.BytesIO()
+    pipe = types.SimpleNamespace(write=buffer.write)
+    with av.open(pipe, "w", format="matroska") as out:
+        stream = out.add_stream("mpeg4", rate=20)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for frame in frames:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.stack([frame] * 3, -1), format="rgb24")))
+        out.mux(stream.encode(None))
+    assert b"\x18\x53\x80\x67\x01" + b"\xff" * 7 in buffer.getvalue()
+    (tmp_path / "a.mkv").write_bytes(buffer.getvalue())
+    assert len(read_clip(tmp_path / "a.mkv").frames) == 5
 
 
 def test_paths_that_are_no_files(tmp_path):

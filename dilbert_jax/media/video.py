@@ -44,6 +44,8 @@ def decode_video(path: Path, container_format: str, max_frames: int | None) -> D
         MediaError: the file is broken, too large, holds no video, or its frame size changes.
     """
     try:
+        if container_format == "matroska":
+            _check_matroska_size(path)
         chosen = None
         if max_frames is not None:
             num_frames = sum(1 for _ in _iterate_frames(path, container_format))
@@ -70,6 +72,27 @@ def decode_video(path: Path, container_format: str, max_frames: int | None) -> D
     version = ".".join(str(n) for n in av.library_versions["libavcodec"])
     decoder = f"pyav {av.__version__} libavcodec {version} {codec}"
     return Decoded(np.stack(frames), decoder, tuple(frame_index), fps=fps if len(frames) > 1 else None)
+
+
+def _check_matroska_size(path: Path) -> None:
+    """Refuse a Matroska file that ends before it says; FFmpeg takes the cut for the end of the clip.
+
+    A file is a header and a segment that holds all else, each an id of 4 bytes, a size and its content. The
+    zero bits that a size starts with count its further bytes; all other bits set mean unknown [RFC 8794].
+    """
+    with path.open("rb") as file:
+        start = file.read(4096)
+    found, end = path.stat().st_size, 0
+    for name in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):
+        number = start[end + 4 : end + 13]
+        length = 9 - number[0].bit_length() if number else 0
+        unknown = (1 << 7 * length) - 1
+        size = int.from_bytes(number[:length], "big") & unknown
+        if start[end : end + 4] != name or size == unknown:
+            return
+        end += 4 + length + size
+    if found < end:
+        raise MediaError(path, f"is truncated: it says {end} bytes and has {found}")
 
 
 # PyAV 19 keeps undecodable metadata by itself and no longer takes the argument.
