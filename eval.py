@@ -9,6 +9,7 @@ import sys
 from absl import app, flags
 
 from dilbert_jax.console import log_to_console
+from dilbert_jax.huge_pages import request_huge_pages
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "A run that train.py completed.", required=True)
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Which studies.")
@@ -43,4 +44,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    request_huge_pages()
     app.run(main)

@@ -13,6 +13,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from dilbert_jax.console import log_to_console
+from dilbert_jax.huge_pages import request_huge_pages
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/quickstart.py.")
 _WORKDIR = flags.DEFINE_string(
@@ -60,5 +61,6 @@ def parse(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    request_huge_pages()
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from dilbert_jax.annotation import Thresholds, annotate_clips
 from dilbert_jax.experiment import ModelContext, load_context
+from dilbert_jax.huge_pages import request_huge_pages
 from dilbert_jax.media import Clip, MediaError, find_media, printable, read_clip
 from dilbert_jax.report import PAGE_SIDE, render_annotation, render_index
 from dilbert_jax.run import use_compilation_cache
@@ -251,4 +252,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    request_huge_pages()
     sys.exit(main())

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from dilbert_jax.console import log_to_console
+from dilbert_jax.huge_pages import request_huge_pages
 from dilbert_jax.models import SYSTEMS, find_system
 from dilbert_jax.quick_compile import quick_compilation
 from dilbert_jax.reproduce.cells import read_cell, reuse_records, run_cells, workdir_of
@@ -197,4 +198,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    request_huge_pages()
     sys.exit(main())
