@@ -55,7 +55,8 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     data.vocab_file = ""  # a BERT vocab.txt; "" = train WordPiece on the training reports
     data.graph_file = ""  # extension of the knowledge graph
     data.min_entity_count = 3
-    data.guided_masking = 1.0  # share of examples whose masked words the knowledge graph chooses (D8)
+    # Share of examples whose masked words the knowledge graph chooses (D8), whatever the system; 0 for all but DILBERT.
+    data.guided_masking = 1.0
     data.leak_iou = 0.4  # regions that overlap a masked one by more are masked too (D10); 1 = none
     data.any_mismatch = (
         False  # True: a mismatched report may be the same patient's or have the same text (D11)
@@ -64,9 +65,8 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     data.augment = True
 
     config.model = model = ml_collections.ConfigDict(MODEL_PRESETS[preset])
-    model.name = (
-        "dilbert"  # or one to compare with, e.g. "bert" with train.single_network (docs/extending.md)
-    )
+    # Systems to compare with need train.single_network and data.guided_masking = 0 too: configs/systems.py sets them.
+    model.name = "dilbert"
     model.visual_words = (8, 8)  # branching of the levels of VideoBERT's hierarchical k-means
     model.dropout = 0.1
     model.video = "small"  # the 3-D CNN (D1); "r3d_18": PyTorch's, ignores channels, blocks and stem_patch

@@ -480,19 +480,20 @@ def two_tower(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def overrides():
-    """The fields that the documented command sets."""
-    (line,) = re.findall(r"python train\.py .*two_tower.*", EXTENDING.read_text(encoding="utf-8"))
-    pairs = dict(re.findall(r"--config\.([\w.]+)=(\S+)", line))
-    return {name: value == "True" if value in ("True", "False") else value for name, value in pairs.items()}
+def documented_config():
+    """What the documented command trains."""
+    ((path, system),) = re.findall(
+        r"python train\.py --config=([\w/]+\.py):(\S+)", EXTENDING.read_text(encoding="utf-8")
+    )
+    return runpy.run_path(str(EXTENDING.parents[1] / path))["get_config"](system)
 
 
 @pytest.mark.numerics
 def test_a_seventh_system_is_a_file_and_a_line_of_configuration(two_tower):
-    config = tiny_run_config()
-    config.update_from_flattened_dict(overrides())
+    config = documented_config()
     check_config(config)
     assert config.model.name == two_tower
+    assert config.data.guided_masking == 0 and config.train.single_network  # as its `System` says
     assert grid.parse_cell(f"phantom/{two_tower}/matched/0").system == two_tower
     model_config = dataclasses.replace(CONFIG, name=two_tower, dropout=0.0)
     params, batch = init_params(config=model_config), to_device(make_batch())
@@ -520,7 +521,10 @@ def test_a_seventh_system_is_a_file_and_a_line_of_configuration(two_tower):
 def test_the_seventh_system_trains_as_documented(two_tower, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "use_compilation_cache", lambda: None)
     config = tiny_run_config(name="phantom/small", data_dir=str(tmp_path / "data"))
-    config.update_from_flattened_dict(overrides())
+    documented = documented_config()
+    config.model.name = documented.model.name
+    config.data.guided_masking = documented.data.guided_masking
+    config.train.single_network = documented.train.single_network
     assert run.train_and_report(config, tmp_path / "run").exists()
 
 

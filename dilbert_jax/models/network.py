@@ -131,7 +131,8 @@ class System:
       own_losses: the losses of its own pre-training tasks, each already with its weight relative to MLM's: (what
         `Network.own_tasks` says, batch) -> name -> scalar. None = the common tasks alone.
       distilled: there are a teacher and a stage of mutual learning.
-      guided_masking: the knowledge graph chooses the masked words (D8), which is DILBERT's own idea.
+      guided_masking: the knowledge graph chooses the masked words (D8), which is DILBERT's own idea. Applied by
+        `dilbert_jax.reproduce` and configs/systems.py; elsewhere the configuration's `data.guided_masking` decides.
       prepare: what is learned from the training clips before the first step: (network, fresh parameters, batches, seed)
         -> parameters.
     """
