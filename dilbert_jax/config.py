@@ -79,7 +79,7 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     model.remat = (
         "none"  # "dots" or "full": compute again in the backward pass instead of keeping (less memory)
     )
-    model.unroll = 0  # blocks a step of the compiled loop over blocks; 0 = all on CPU, one elsewhere
+    model.unroll = 0  # blocks a step of the loop over blocks; 0 = all on CPU without remat, one elsewhere
     model.dtype = "float32"
 
     config.optimizer = optimizer = ml_collections.ConfigDict()

@@ -55,7 +55,7 @@ class NetworkConfig:
         weights) or "full" (whole blocks).
       visual_words: branching of each level of VideoBERT's hierarchical k-means; their product is how many words there
         are.
-      unroll: how many blocks the compiled loop over blocks holds; 0 = all on CPU, one elsewhere.
+      unroll: how many blocks the compiled loop over blocks holds; 0 = all on CPU without `remat`, one elsewhere.
       dtype: compute dtype name; parameters, softmax and losses stay float32.
     """
 
@@ -355,8 +355,8 @@ class Network(nn.Module):
         """Equal blocks one after the other: new hidden states, and the last block's attention maps.
 
         A block is (hidden, mask, deterministic) -> (hidden, attention maps). A loop over blocks compiles one of them
-        however many there are, but must stack their parameters; XLA:CPU runs it slower than the blocks in a row. Both
-        give the same numbers, dropout included.
+        however many there are, but must stack their parameters; XLA:CPU runs it slower than the blocks in a row, but
+        only in a loop does it free what `remat` computes again. Both give the same numbers, dropout included.
         """
         c, count = self.config, len(layers)
         if self.is_initializing():
@@ -371,12 +371,14 @@ class Network(nn.Module):
             out: Any = block.apply({"params": params}, hidden, mask, deterministic, rngs=rngs)
             return out
 
+        in_a_row = platform() == "cpu" and c.remat == "none"  # where nothing else is asked for
+        unroll = min(c.unroll or (count if in_a_row else 1), count)
         if c.remat != "none":
             policy = None if c.remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            run = jax.checkpoint(run, policy=policy, prevent_cse=False)
+            # Outside of a loop XLA would find what is computed again to be the same as before, and keep it.
+            run = jax.checkpoint(run, policy=policy, prevent_cse=unroll == count)
         params = [layer.variables["params"] for layer in layers]
         keys = None if deterministic else jax.random.split(self.make_rng("dropout"), count)
-        unroll = min(c.unroll or (count if platform() == "cpu" else 1), count)
         if unroll < count:
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
             hidden, weights = jax.lax.scan(run, hidden, (stacked, keys), unroll=unroll)
