@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import runpy
 import sys
 import time
@@ -208,7 +209,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         started = time.monotonic()
         lowered = lower_step(config, devices)
         print(f"traced in {time.monotonic() - started:.0f} s; compiling", flush=True)
-        compiled = lowered.compile()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            # XLA:TPU compiles no program that needs more memory than the chip has.
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            reason = re.search(r"Ran out of memory.*", str(error))
+            print(f"memory a chip: DOES NOT FIT: {reason.group() if reason else str(error).splitlines()[0]}")
+            return 1
     except (OSError, KeyError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

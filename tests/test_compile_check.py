@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +155,36 @@ def test_the_step_compiles_for_a_slice_that_is_not_here(tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["fits"] and 0 < found["memory_bytes"] < 1e9 and found["model_flops"] > 1e8
     assert found["collectives"]["all-gather"]["bytes"] > 0 and 0 < found["model_flops_utilisation"] < 1
+
+
+@pytest.mark.parametrize("status", ["RESOURCE_EXHAUSTED", "INTERNAL"])
+def test_a_step_that_the_compiler_finds_too_large_is_one_line(status, tmp_path, monkeypatch, capsys):
+    for name in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # the command sets them: not for tests to come
+    from dilbert_jax import compile_check
+
+    def compile_step():
+        raise jax.errors.JaxRuntimeError(
+            f"{status}: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 25.57G of "
+            "15.48G hbm. Exceeded hbm capacity by 10.09G.\n\nTotal hbm usage >= 26.09G:\n    reserved 530.00M"
+        )
+
+    chip = types.SimpleNamespace(device_kind="TPU v5 lite")
+    monkeypatch.setattr(compile_check, "_devices", lambda topology: [chip] * 16)
+    lowered = types.SimpleNamespace(compile=compile_step)
+    monkeypatch.setattr(compile_check, "lower_step", lambda config, devices: lowered)
+    (tmp_path / "pod.py").write_text(POD)
+    arguments = [f"--config={tmp_path / 'pod.py'}", "--topology=v5e:4x4"]
+    if status == "INTERNAL":  # another error is not about memory
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            compile_check.main(arguments)
+        return
+    assert compile_check.main(arguments) == 1
+    found = capsys.readouterr().out.splitlines()[-1]
+    assert found == (
+        "memory a chip: DOES NOT FIT: Ran out of memory in memory space hbm. Used 25.57G of 15.48G hbm. "
+        "Exceeded hbm capacity by 10.09G."
+    )
 
 
 @pytest.mark.parametrize("topology", ["v99:2x2", "v5e:4x4"])
