@@ -35,7 +35,7 @@ from dilbert_jax.flops import count_flops
 from dilbert_jax.hlo import COLLECTIVES, read_program
 from dilbert_jax.models import make_network
 from dilbert_jax.random_inputs import init_network, random_batch, random_model
-from dilbert_jax.sharding import batch_sharding, make_mesh, replicated, shardings
+from dilbert_jax.sharding import batch_sharding, check_batch, make_mesh, replicated, shardings
 from dilbert_jax.training import objectives
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -70,9 +70,7 @@ CHIPS = {
 def lower_step(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Any:
     """Lowers the mutual-learning step of a configuration for devices that need not be here."""
     mesh = make_mesh(config.mesh.fsdp, config.mesh.tensor, devices)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.train.batch_size % parts:
-        raise ValueError(f"train.batch_size is {config.train.batch_size}; it must be a multiple of {parts}")
+    check_batch(mesh, config.train.batch_size, config.train.num_micro_batches)
     model, loss = make_network(random_model(config)), objectives.LossConfig(**config.loss)
     optimizer = make_optimizer(OptimizerConfig(**config.optimizer), 1000)
 

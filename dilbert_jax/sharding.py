@@ -107,18 +107,29 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-def local_part(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+def check_batch(mesh: Mesh, batch_size: int, num_micro_batches: int) -> None:
+    """Refuses micro-batches that do not divide among the devices: every device would compute all of each.
+
+    Raises:
+      ValueError: naming the fields.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (num_micro_batches * parts):
+        raise ValueError(
+            f"train.batch_size is {batch_size} and train.num_micro_batches {num_micro_batches}; the batch must be a "
+            f"multiple of {num_micro_batches * parts}: {parts} devices (all {mesh.size} over mesh.tensor = "
+            f"{mesh.shape['tensor']}) share every micro-batch"
+        )
+
+
+def local_part(mesh: Mesh, batch_size: int, num_micro_batches: int = 1) -> tuple[int, int]:
     """Which part of every batch this process feeds: (index, number of parts).
 
     Raises:
-      ValueError: the batch does not divide among the devices, or this process's devices hold no part in one piece.
+      ValueError: as `check_batch`, or this process's devices hold no part in one piece.
     """
+    check_batch(mesh, batch_size, num_micro_batches)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % parts:
-        raise ValueError(
-            f"train.batch_size is {batch_size}; it must be a multiple of {parts}, the devices that share a batch "
-            f"(all {mesh.size} over mesh.tensor = {mesh.shape['tensor']})"
-        )
     slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     bounds = sorted({index[0].indices(batch_size)[:2] for index in slices if index})
     first, size = bounds[0][0], bounds[-1][1] - bounds[0][0]

@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from tiny import init_params
 
-from dilbert_jax.sharding import RULES, local_part, make_mesh, partition_spec, shardings
+from dilbert_jax.config import default_config
+from dilbert_jax.sharding import RULES, check_batch, local_part, make_mesh, partition_spec, shardings
+from dilbert_jax.training.stages import make_stage
 
 pytestmark = pytest.mark.numerics
 
@@ -109,3 +112,27 @@ def test_an_axis_of_one_device_is_not_named():
 def test_what_does_not_divide_is_named():
     with pytest.raises(ValueError, match=r"mesh.fsdp = 3 times mesh.tensor = 5 .* 1 devices"):
         make_mesh(3, 5, jax.devices()[:1])
+
+
+def test_a_micro_batch_that_does_not_divide_is_named():
+    """Each device would hold all of it, and compute all of it."""
+    mesh = types.SimpleNamespace(shape={"data": 2, "fsdp": 4, "tensor": 2}, size=16)
+    check_batch(mesh, 64, 8)
+    for batch_size, k, needed in ((64, 16, 128), (24, 2, 16), (12, 1, 8)):
+        named = rf"train.batch_size is {batch_size} and train.num_micro_batches {k}; .* multiple of {needed}: 8 devices"
+        with pytest.raises(ValueError, match=named):
+            check_batch(mesh, batch_size, k)
+        with pytest.raises(ValueError, match=named):
+            local_part(mesh, batch_size, k)
+
+
+@pytest.mark.parametrize("stage", ["student", "finetune"])
+def test_a_stage_checks_its_micro_batches(stage):
+    mesh = types.SimpleNamespace(shape={"data": 8, "fsdp": 1, "tensor": 1}, size=8)
+    config = default_config()
+    config.train.update(batch_size=32, num_micro_batches=8)
+    context = types.SimpleNamespace(config=config, model=None, loss=None)
+    builder = types.SimpleNamespace(pretraining=None, annotation=None)
+    experiment = types.SimpleNamespace(context=context, indices={"train": range(64)}, builder=builder)
+    with pytest.raises(ValueError, match=r"train\.num_micro_batches 8; "):
+        make_stage(stage, experiment, {}, mesh)

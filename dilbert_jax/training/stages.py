@@ -93,7 +93,7 @@ def make_stage(name: str, experiment: Experiment, params: Mapping[str, Any], mes
     # Every stage draws its own order and masks; networks start from their own seeds.
     seed = config.seed * 10 + STAGES.index(name)
     build = experiment.builder.annotation if name == "finetune" else experiment.builder.pretraining
-    part, parts = local_part(mesh, train_config.batch_size)
+    part, parts = local_part(mesh, train_config.batch_size, train_config.num_micro_batches)
     batches = functools.partial(
         training_batches,
         build,
