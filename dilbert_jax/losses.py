@@ -72,23 +72,6 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(as_loss_dtype(logits), labels)
 
 
-def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Cross-entropy with a distribution as label, one value per example.
-
-    Args:
-        logits: [..., C].
-        targets: [..., C], non-negative, sums to 1; no gradient reaches it.
-
-    Returns:
-        [...], in nats.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    _check_same_shape("logits", logits, "targets", targets)
-    return optax.softmax_cross_entropy(as_loss_dtype(logits), jax.lax.stop_gradient(as_loss_dtype(targets)))
-
-
 def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Sigmoid cross-entropy, one value per logit.
 
