@@ -1,7 +1,8 @@
-"""Supervised, response and self-distillation losses: equations (3) and (10)-(13).
+"""Supervised and response losses and their sums: equations (3), (10), (12) and (13).
 
 Every function promotes to float32 at least, whatever the network computes in (float64 stays), and blocks
-the gradient to the side that teaches. The relational terms (4)-(9) are in `dilbert_jax.relational`.
+the gradient to the side that teaches. The relational terms (4)-(9) are in `dilbert_jax.relational`; (11) is (3) with
+the network's own snapshot as teacher, summed over the task heads: `dilbert_jax.training.objectives.soften`.
 """
 
 from __future__ import annotations
@@ -191,33 +192,6 @@ def binary_response_loss(
     """
     divergence = bernoulli_divergence(student_logits, teacher_logits, temperature=temperature)
     return masked_mean(divergence.mean(axis=-1), mask, count)
-
-
-def self_distillation_loss(
-    logits: jax.Array,
-    frozen_logits: jax.Array,
-    *,
-    temperature: float = 1.0,
-    scale_by_square: bool = False,
-    mask: jax.Array | None = None,
-) -> jax.Array:
-    """Distillation from a network's own frozen snapshot, equation (11): KL(frozen || trained).
-
-    Args:
-        logits: [..., C], of the network in training.
-        frozen_logits: [..., C], of its snapshot; no gradient reaches it.
-        temperature: both logits are divided by it; > 0.
-        scale_by_square: multiply by the squared temperature, which keeps the size of the gradient.
-        mask: bool [...], True = valid; None = all valid.
-
-    Returns:
-        Scalar, mean over the valid positions (0 if there is none).
-
-    Raises:
-        ValueError: shapes do not match.
-    """
-    loss = response_loss(logits, frozen_logits, temperature=temperature, mask=mask)
-    return loss * temperature**2 if scale_by_square else loss
 
 
 def mutual_loss(relational: jax.Array, response: jax.Array, *, beta2: float = 1.0) -> jax.Array:

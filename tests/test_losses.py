@@ -10,6 +10,7 @@ import numpy_reference as reference
 import pytest
 
 from dilbert_jax import losses, relational
+from dilbert_jax.training import objectives
 
 REFERENCE = os.environ.get("DILBERT_REFERENCE_DIR")
 needs_reference = pytest.mark.skipif(REFERENCE is None, reason="DILBERT_REFERENCE_DIR is not set")
@@ -66,7 +67,6 @@ def test_shapes_that_differ_are_refused_with_both_shapes():
         losses.binary_cross_entropy,
         losses.response_loss,
         losses.binary_response_loss,
-        losses.self_distillation_loss,
     ):
         with pytest.raises(ValueError, match=r"\(2, 4\).*\(2, 1\)"):
             function(jnp.zeros((2, 4)), jnp.zeros((2, 1)))
@@ -93,24 +93,32 @@ def test_mask_selects_positions(logits):
     student, teacher = (jnp.asarray(array, jnp.float32) for array in logits)
     mask = jnp.array([True, False, True, False, False])
     spoiled = student.at[1].set(jnp.nan)
-    for function in (losses.response_loss, losses.binary_response_loss, losses.self_distillation_loss):
+    for function in (losses.response_loss, losses.binary_response_loss):
         expected = function(student[jnp.array([0, 2])], teacher[jnp.array([0, 2])])
         value = function(spoiled, teacher, mask=mask)
         np.testing.assert_allclose(value, expected, rtol=1e-6)
         assert function(student, teacher, mask=jnp.zeros(5, bool)) == 0
 
 
+def self_distillation(logits, frozen, **arguments):
+    """(11) as training takes it, of one softmax head: the others have no valid position."""
+    config = objectives.LossConfig()
+    masks = {task: jnp.full(len(logits), task == "mlm") for task in config.tasks}
+    heads, targets = (dict.fromkeys(config.tasks, z) for z in (logits, frozen))
+    return objectives.soften(heads, targets, masks, config, **arguments)
+
+
 def test_self_distillation_scales_by_the_squared_temperature_only_when_asked(logits):
     student, frozen = (jnp.asarray(array, jnp.float32) for array in logits)
-    plain = losses.self_distillation_loss(student, frozen, temperature=5.0)
+    plain = self_distillation(student, frozen, temperature=5.0)
     np.testing.assert_allclose(plain, losses.response_loss(student, frozen, temperature=5.0), rtol=0)
-    scaled = losses.self_distillation_loss(student, frozen, temperature=5.0, scale_by_square=True)
+    scaled = self_distillation(student, frozen, temperature=5.0, square=True)
     np.testing.assert_allclose(scaled, 25 * plain, rtol=1e-6)
 
 
 def test_no_gradient_reaches_the_teaching_side(logits):
     student, teacher = (jnp.asarray(array, jnp.float32) for array in logits)
-    for function in (losses.response_loss, losses.binary_response_loss, losses.self_distillation_loss):
+    for function in (losses.response_loss, losses.binary_response_loss):
         by_student, by_teacher = jax.grad(function, argnums=(0, 1))(student, teacher)
         assert np.abs(by_student).max() > 1e-3
         np.testing.assert_array_equal(by_teacher, np.zeros_like(teacher))
@@ -186,9 +194,7 @@ def test_recorded_total_of_both_networks(vectors, precision, temperature, networ
                 "kl": losses.response_loss(logits, read(f"z{peer}")),
                 "rkd_dist": relational.distance_loss(vector, read(f"emb{peer}")),
                 "rkd_angle": relational.angle_loss(vector, read(f"emb{peer}")),
-                "sd_noT2": losses.self_distillation_loss(
-                    logits, read(f"zbar{network}"), temperature=temperature
-                ),
+                "sd_noT2": self_distillation(logits, read(f"zbar{network}"), temperature=temperature),
             }
             relation = relational.relational_loss(vector, read(f"emb{peer}"), beta1=beta1)
             terms["md"] = losses.mutual_loss(relation, terms["kl"], beta2=beta2)
