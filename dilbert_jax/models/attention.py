@@ -84,7 +84,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """One layer of BERT: self-attention and the feed-forward block."""
+    """One layer of BERT: self-attention and the feed-forward block.
+
+    Attention weights have no dropout, other than BERT's.
+    """
 
     hidden_size: int
     num_heads: int
