@@ -94,7 +94,9 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     # The paper weighs the four tasks 1 each and has no summary task (0). Small sets need other weights: MDC and
     # summary are means over many classes, and without summary matching learns late.
     loss.mlm, loss.mdc, loss.moc, loss.cmm, loss.summary = 0.5, 5.0, 1.0, 3.0, 15.0
-    loss.order = 0.0  # > 0: a fifth task, are the description tokens shuffled? (D9)
+    loss.order = (
+        0.0  # > 0: a fifth task, are the description tokens shuffled? (D9); not beside CBT's and HERO's own
+    )
     loss.own = 1.0  # weight of a comparison system's own tasks, relative to MLM's
     loss.mdc_target = "description"  # or "entity": MDC classifies masked words by their entity (D9)
     loss.organ, loss.condition, loss.findings, loss.match, loss.grounding = (
@@ -260,6 +262,11 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         "beta2",
     ):
         need(config.loss[term] >= 0, f"loss.{term}", "must not be negative")
+    need(
+        not (config.loss.order and config.loss.own and find_system(model.name).ordered_steps),
+        "loss.order",
+        f"it shuffles the steps whose order the own tasks of {model.name} need: set it, or loss.own, to 0",
+    )
     need(0 <= data.leak_iou <= 1, "data.leak_iou", "must lie in [0, 1]")
     need(model.video in VIDEO_ENCODERS, "model.video", f"choose one of {', '.join(VIDEO_ENCODERS)}")
     need(config.loss.mdc_target in MDC_TARGETS, "loss.mdc_target", f"choose one of {', '.join(MDC_TARGETS)}")

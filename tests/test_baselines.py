@@ -476,3 +476,16 @@ def test_an_unknown_system_is_named():
     config.model.name = "gpt"
     with pytest.raises(ValueError, match="name is 'gpt'"):
         check_config(config)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_shuffled_steps_are_refused_where_own_tasks_need_their_order(name):
+    config = tiny_run_config()
+    config.model.name = name
+    config.train.single_network = True
+    config.loss.order = 1.0
+    if name in ("cbt", "hero"):
+        with pytest.raises(ValueError, match=rf"config\.loss\.order is 1\.0; .* {name} .*loss\.own"):
+            check_config(config)
+        config.loss.own = 0.0
+    check_config(config)

@@ -86,7 +86,7 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """One layer of BERT: self-attention and the feed-forward block.
 
-    Attention weights have no dropout, other than BERT's.
+    Attention weights have no dropout, unlike BERT's.
     """
 
     hidden_size: int

@@ -135,6 +135,8 @@ class System:
         `dilbert_jax.reproduce` and configs/systems.py; elsewhere the configuration's `data.guided_masking` decides.
       prepare: what is learned from the training clips before the first step: (network, fresh parameters, batches, seed)
         -> parameters.
+      ordered_steps: its own losses hold temporal steps against what the 3-D CNN says of them (`Encoded.features`);
+        shuffled ones (`loss.order`) would meet another step's.
     """
 
     network: type[Network]
@@ -142,6 +144,7 @@ class System:
     distilled: bool = False
     guided_masking: bool = False
     prepare: Callable[[Network, Any, Iterable[Mapping[str, Any]], int], Any] | None = None
+    ordered_steps: bool = False
 
 
 def normalize_frames(frames: Array, frame_mask: Array, dtype: Any = jnp.float32) -> Array:

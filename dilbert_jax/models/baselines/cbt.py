@@ -84,4 +84,4 @@ def own_losses(outputs: Mapping[str, Array], batch: Mapping[str, Array]) -> dict
     }
 
 
-SYSTEM = System(Cbt, own_losses)
+SYSTEM = System(Cbt, own_losses, ordered_steps=True)

@@ -140,4 +140,4 @@ def _unit(x: Array) -> Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
 
 
-SYSTEM = System(Hero, own_losses)
+SYSTEM = System(Hero, own_losses, ordered_steps=True)
