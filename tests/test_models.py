@@ -12,7 +12,7 @@ from jax import lax
 from tiny import CONFIG, NAMES, A, B, E, L, M, R, init_params, make_batch
 
 from dilbert_jax import models
-from dilbert_jax.config import MODEL_PRESETS
+from dilbert_jax.config import MODEL_PRESETS, check_config, default_config
 from dilbert_jax.models import SYSTEMS, make_network
 from dilbert_jax.models.attention import attend
 from dilbert_jax.models.conv3d import conv3d, patchify
@@ -223,3 +223,16 @@ def test_parameters_of_r3d_18_do_not_depend_on_the_clip():
     batch["frame_mask"] = jax.ShapeDtypeStruct((2, 16), bool)
     expected = shapes_of_params(model, batch)
     assert expected == jax.eval_shape(functools.partial(models.init_params, model), jax.random.key(0))
+
+
+@pytest.mark.parametrize("stages", [1, 4, 5, 6])
+def test_a_cnn_of_any_number_of_stages_is_initialised(stages):
+    config = default_config("tiny")
+    config.model.update(channels=(8,) * stages, blocks=(1,) * stages)
+    config.data.size = 4 * 2**stages  # the smallest that is accepted
+    check_config(config)
+    model = make_network(
+        dataclasses.replace(CONFIG, channels=config.model.channels, blocks=config.model.blocks)
+    )
+    params = jax.eval_shape(functools.partial(models.init_params, model), jax.random.key(0))
+    assert f"stage{stages - 1}_block0" in params["video"]

@@ -31,7 +31,7 @@ from dilbert_jax.sharding import BATCH, constrain, platform
 Array = jax.Array
 MDC_TARGETS = ("description", "entity")
 VIDEO_ENCODERS = ("small", "r3d_18")
-SMALLEST = 8  # patches along each side of a frame, enough for every stage of a 3-D CNN
+SMALLEST = 8  # patches along each side of a frame to initialise with: enough for four stages of a 3-D CNN
 REMAT_POLICIES = ("none", "dots", "full")
 
 
@@ -492,11 +492,12 @@ def init_params(network: Network, key: Array) -> Any:
     longer.
     """
     _, height, width = network.config.stem_patch
+    side = max(SMALLEST, 2 ** (len(network.config.channels) - 1))  # every further stage halves it
     frames = (1, network.frames_per_step)
     one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
     arguments: dict[str, Any] = {
-        "frames": jax.ShapeDtypeStruct((*frames, SMALLEST * height, SMALLEST * width), jnp.uint8),
+        "frames": jax.ShapeDtypeStruct((*frames, side * height, side * width), jnp.uint8),
         "frame_mask": jax.ShapeDtypeStruct(frames, jnp.bool_),
         "boxes": jax.ShapeDtypeStruct((1, 1, 4), jnp.float32),
         "box_frames": one,
