@@ -264,6 +264,18 @@ def test_a_single_network_has_no_teacher_and_no_stage_of_it():
     assert stages.network_names(config) == ("student",)
 
 
+@pytest.mark.parametrize(("epochs", "warned"), [(0.01, True), (40.0, False)])
+def test_a_stage_of_one_step_is_told_of(experiment, caplog, epochs, warned):
+    config = experiment.context.config.copy_and_resolve_references()
+    config.train.mutual_epochs = epochs
+    changed = dataclasses.replace(experiment, context=dataclasses.replace(experiment.context, config=config))
+    stage = stages.make_stage("mutual", changed, {"student": {"kernel": 1.0}}, make_mesh())
+    assert (stage.num_steps == 1) is warned
+    assert ("train.mutual_epochs" in caplog.text) is warned
+    # Why: warm-up starts at 0.
+    assert (float(make_schedule(stage.optimizer, stage.num_steps)(stage.num_steps - 1)) == 0.0) is warned
+
+
 # --- D22, optimizer ---------------------------------------------------------------------------------------
 
 

@@ -94,7 +94,7 @@ def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> Schedule:
-    """Warm-up over the first share of `num_steps`, then cosine to zero."""
+    """Warm-up over the first share of `num_steps`, then cosine to zero; the first step has rate 0, even if alone."""
     warmup = min(max(1, round(config.warmup_fraction * num_steps)), max(num_steps - 1, 1))
     return Schedule(config.learning_rate, warmup, max(num_steps, warmup + 1))
 

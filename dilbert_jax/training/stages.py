@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +26,7 @@ from dilbert_jax.training.checkpoints import StageCheckpoints
 from dilbert_jax.training.objectives import NETWORKS
 from dilbert_jax.training.optimizer import OptimizerConfig
 
+_log = logging.getLogger(__name__)
 STAGES = ("teacher", "student", "mutual", "finetune")
 
 
@@ -90,6 +92,15 @@ def make_stage(name: str, experiment: Experiment, params: Mapping[str, Any], mes
         raise ValueError(f"data set {config.data.name!r} has no training study; see its preparation.json")
     per_epoch = num_studies / train_config.batch_size
     num_steps = max(1, round(train_config[f"{name}_epochs"] * per_epoch))
+    if num_steps == 1:
+        _log.warning(
+            "stage %s is a single step, and the rate of the first is 0: it trains nothing; raise train.%s_epochs (%g) "
+            "or lower train.batch_size (%d)",
+            name,
+            name,
+            train_config[f"{name}_epochs"],
+            train_config.batch_size,
+        )
     # Every stage draws its own order and masks; networks start from their own seeds.
     seed = config.seed * 10 + STAGES.index(name)
     build = experiment.builder.annotation if name == "finetune" else experiment.builder.pretraining

@@ -21,6 +21,8 @@ def validate(
 ) -> dict[str, float]:
     """Mean of the stage's loss terms over the validation studies (with this stage's dropout switched on).
 
+    Studies that do not fill a last batch are left out, as losses average over a batch.
+
     On one CPU device the program of the gradients is there already, for batches of this shape: to run it takes less
     time than to compile one for the terms alone.
     """
@@ -45,7 +47,6 @@ def validate(
             return metrics | {"loss": loss}
 
     totals: dict[str, list[float]] = {}
-    # Without a padded last batch: losses average over a batch.
     for batch, _ in evaluation_batches(build, indices[: len(indices) // size * size], size, seed=1):
         inputs = steps.device_entries(batch)
         # Every process has all of the batch, whose size may not divide among several devices.
