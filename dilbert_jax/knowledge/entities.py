@@ -84,6 +84,8 @@ class _Lexicon:
                 continue
             if end < len(text) and text[last] in _WORD and text[end] in _WORD:
                 continue
+            if text[last] == "大" and text[end : end + 1] == "小":
+                continue  # 脾大小正常 speaks of the size, not of 脾大
             found.append((begin, name))
         found.sort(key=lambda item: (item[0], -item[1].length))
         kept: list[tuple[int, _Name]] = []

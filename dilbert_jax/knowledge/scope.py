@@ -26,6 +26,7 @@ _CUES = {
         (
             "uncertain_before",
             r"(?:can ?not|could not|can't|couldn't) (?:be sure about|be certain about|exclude|rule out|say)"
+            r"|unable to (?:exclude|rule out|say)|rule out|r/o"
             r"|(?:not |un)sure about|suspicio(?:us|n) (?:for|of)|concern(?:ing)? for|question of"
             r"|suggest(?:s|ed|ing|ive of)?|consistent with|compatible with|in keeping with"
             r"|(?:may|might|could) (?:be|represent|reflect)|possibly|possible|presumed|suspected|questionable"
@@ -39,13 +40,15 @@ _CUES = {
             r"|observed|visible|shown|displayed)"
             r"|(?:cannot|could not|can't|couldn't) be (?:seen|identified|visuali[sz]ed|detected|shown|found)"
             r"|(?:(?:is|are|was|were|has been|have been) )?(?:ruled out|excluded)"
-            r"|(?:is|are|was|were) (?:absent|negative|missing)",
+            r"|(?:is|are|was|were) (?:absent|negative|missing)"
+            r"|(?:has|have|had|is|are|was|were)(?: (?:now|since|completely|fully|entirely))* resolved",
         ),
         (
             "absent_before",
             r"no (?:definite |clear |obvious |sonographic )?(?:evidence|signs?|suspicion) (?:of|for)"
-            r"|negative for|(?:free|absence|lack|loss|devoid|instead) of|rather than|rules? out|excludes?"
-            r"|without|neither|nor|not|no|never|denies|cannot"
+            r"|negative for|(?:free|absence|lack|loss|devoid|instead) of|rather than|rules out|excludes?"
+            r"|(?:unable|fails?|failed) to (?:identify|see|visuali[sz]e|detect|find|show|demonstrate|appreciate)"
+            r"|without|w/o|neither|nor|not|no|never|denies|cannot"
             r"|(?:would|does|do|did|is|are|was|were|has|have|can|could)n't",
         ),
         ("absent_either", r"absent|negative"),
@@ -53,7 +56,8 @@ _CUES = {
     "zh": (
         (
             "ignore",
-            r"无(?:明显|显著)?(?:变化|改变|差异)|无法|无症状|无痛|无特殊|无名|肋(?:缘)?下未(?:触)?及|不全|不等|不均|未见好转",
+            r"超声(?:诊断|检查)?提示"  # the heading of the impression
+            r"|无(?:明显|显著)?(?:变化|改变|差异)|无法|无症状|无痛|无特殊|无名|肋(?:缘)?下未(?:触)?及|不全|不等|不均|未见好转",
         ),
         (
             "uncertain_either",
@@ -62,12 +66,13 @@ _CUES = {
         ("uncertain_before", r"考虑|疑似|可疑|怀疑|疑|倾向(?:于)?|提示|似(?:见|为|呈)|或为"),
         (
             "absent_after",
-            r"(?:未(?:见显示|见|探及|显示|发现|检出)|阴性|消失|缺如|不明显|已排除)(?= *(?:[,。;:!?\n)]|$))",
+            r"(?:未能?(?:见显示|见|探及|显示|发现|检出)|未看[到见]|看不[到见]|阴性|消失|缺如|不明显|已排除)"
+            r"(?= *(?:[,。;:!?\n)]|$))",
         ),
         (
             "absent_before",
-            r"未(?:再)?(?:见到|见及|见|探及|探查到|探测到|显示|发现|检出|检测到|扪及|触及|记录到|引出|及|查见|示|伴|出现)"
-            r"|没有|不伴(?:有)?|无|否认|排除|并非",
+            r"未[再能]?(?:见到|见及|见|探及|探查到|探测到|显示|发现|检出|检测到|扪及|触及|记录到|引出|及|查见|示|伴|出现|看到|看见|提示)"
+            r"|看不[到见]|不支持|不考虑|没有|不伴(?:有)?|无|否认|排除|并非",
         ),
         ("absent_touching", r"不|非|未"),
     ),
@@ -108,7 +113,7 @@ _RESTART = {
     "zh": re.compile(r"可见|可探及|(?<!未)见|呈|但|(?<!不)伴|(?<!显)(?<!未)示|考虑"),
 }
 _VERB = re.compile(
-    r"\b(?:is|are|was|were|has|have|shows?|seen|noted|there|but|with|without|no|neither|measur\w+|demonstrat\w+|appears?|moves?)\b"
+    r"\b(?:is|are|was|were|has|have|shows?|seen|noted|there|but|with|without|w/o|no|neither|measur\w+|demonstrat\w+|appears?|moves?)\b"
 )
 _OWN_VERB = re.compile(r"\b(?:is|are|was|were|seems?|appears?) +(?:\w+ly +)?$")
 _CLOSING_VERB = re.compile(
