@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from dilbert_jax.knowledge import KnowledgeGraph, extract_entities, load_graph
+from dilbert_jax.knowledge.entities import STATUSES
 
 # Descriptors that a report uses for lesions and abnormal tissue rather than for what is ordinary.
 LESION_DESCRIPTORS = (
@@ -48,6 +49,11 @@ _SOLID = {
     "mixed_composition",
     "solid",
 }
+# Present, these stand for something that the lexicon may not name; "heterogeneous" is said of healthy glands too.
+_NOT_NORMAL = (set(LESION_DESCRIPTORS) | _SOLID | {"focal", "lesion", "poor_visualization"}) - {
+    "heterogeneous"
+}
+_LOBES = {"left_lobe", "right_lobe"}
 _DIFFUSE = {
     "liver": {
         "fine_bright_echotexture",
@@ -69,7 +75,7 @@ def shared_graph() -> KnowledgeGraph:
 def label_report(text: str, language: str, organ: str) -> tuple[str, tuple[str, ...]]:
     """Reads weak labels from a report.
 
-    Only entities that the text says are present count. The condition is the first that applies of:
+    Findings are what the text says is present. The condition is the first that applies of:
 
     1. a stated malignancy, unless resected;
     2. ``stone``: stated, or a mobile hyperechoic focus with shadow;
@@ -77,7 +83,8 @@ def label_report(text: str, language: str, organ: str) -> tuple[str, tuple[str, 
     4. any other stated condition except resection;
     5. ``diffuse_disease``, by the echotexture of liver or thyroid;
     6. ``post_resection``;
-    7. ``normal`` when no finding but neutral ones is present; else unknown.
+    7. ``normal`` when the report says so (a denied finding, normal size, ...) and nothing else: no finding but
+       neutral ones, no lesion, no doubt, no organ unseen; else unknown.
 
     Args:
       text: the report; an empty one gives no labels.
@@ -91,7 +98,10 @@ def label_report(text: str, language: str, organ: str) -> tuple[str, tuple[str, 
     graph = shared_graph()
     if not text.strip():
         return "", ()
-    present = {e.concept for e in extract_entities(text, language, graph) if e.status == "present"}
+    held: dict[str, set[str]] = {status: set() for status in STATUSES}
+    for entity in extract_entities(text, language, graph):
+        held[entity.status].add(entity.concept)
+    present = held["present"]
     findings = {c for c in present if graph.concepts[c].type == "finding"}
     stated = {c for c in present if graph.concepts[c].type == "condition"} - {"normal", "post_resection"}
     kept = tuple(sorted(findings | (present & set(LESION_DESCRIPTORS))))
@@ -114,4 +124,25 @@ def label_report(text: str, language: str, organ: str) -> tuple[str, tuple[str, 
         return "diffuse_disease", kept
     if "post_resection" in present:
         return "post_resection", kept
-    return ("" if findings - NEUTRAL_FINDINGS else "normal"), kept
+    return ("normal" if _says_normal(held, graph) else ""), kept
+
+
+def _says_normal(held: dict[str, set[str]], graph: KnowledgeGraph) -> bool:
+    """Whether a report without a stated condition calls what it saw normal; silence is no finding of health."""
+
+    def disease(status: str) -> set[str]:
+        found = {
+            c for c in held[status] if graph.concepts[c].type in ("finding", "condition") or c == "lesion"
+        }
+        return found - NEUTRAL_FINDINGS - {"normal"}
+
+    unseen = {c for c in held["absent"] if graph.concepts[c].type == "organ"} | held["absent"] & _LOBES
+    if unseen or "normal" in held["absent"] | held["uncertain"]:
+        return False
+    if disease("present") or disease("uncertain") or held["present"] & _NOT_NORMAL:
+        return False
+    # "Without calcification" may be said of a lesion; "no mass" is said of the organ.
+    denied = {c for c in disease("absent") if not graph.relation_types(c, "nodule")}
+    return bool(denied or "enlarged" in held["absent"]) or any(
+        c.startswith("normal") for c in held["present"]
+    )

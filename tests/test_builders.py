@@ -235,6 +235,38 @@ def test_weak_labels_of_chinese_reports(text, organ, condition):
     assert label_report(text, "zh", organ)[0] == condition
 
 
+@pytest.mark.parametrize(
+    ("text", "language", "organ", "condition"),
+    [
+        ("Suspicious for malignancy.", "en", "liver", ""),
+        ("肝癌可能性大。", "zh", "liver", ""),
+        ("Possible pancreatitis. No free fluid, normal liver.", "en", "pancreas", ""),
+        ("A lesion cannot be excluded; no stone.", "en", "kidney", ""),
+        ("Liver lesion, 2 cm, hypoechoic, irregular.", "en", "liver", ""),
+        ("乳腺内见低回声区，形态不规则，边界不清。未见肿大淋巴结。", "zh", "breast", ""),
+        ("Spleen is enlarged. No effusion.", "en", "spleen", ""),
+        ("胰腺显示不清，肝大小正常。", "zh", "pancreas", ""),
+        ("胆囊未显示，肝内胆管未见扩张。", "zh", "gallbladder", ""),
+        ("甲状腺右叶未探及，左叶大小正常。", "zh", "thyroid", ""),
+        ("The liver is not normal. No ascites.", "en", "liver", ""),
+        ("子宫肌瘤3cm。", "zh", "", ""),
+        ("Uterine fibroid of 3 cm without calcification.", "en", "", ""),
+        ("详见附图。", "zh", "", ""),
+        ("Non-diagnostic study.", "en", "liver", ""),
+        ("The liver is normal. No mass.", "zh", "liver", ""),  # the wrong language
+        ("超声提示胆囊结石", "zh", "gallbladder", "stone"),
+        ("Cholelithiasis.", "en", "gallbladder", "stone"),
+        ("Hepatomegaly.", "en", "liver", "hepatomegaly"),
+        ("Splenomegaly.", "en", "spleen", "splenomegaly"),
+        ("No lesion.", "en", "liver", "normal"),
+        ("脾不大。", "zh", "spleen", "normal"),
+        ("甲状腺大小形态正常，内回声欠均匀。", "zh", "thyroid", "normal"),
+    ],
+)
+def test_normal_is_only_what_a_report_calls_so(text, language, organ, condition):
+    assert label_report(text, language, organ)[0] == condition
+
+
 def test_absent_findings_are_not_weak_labels():
     condition, findings = label_report(
         "Thyroid of normal size. No nodule, no calcification.", "en", "thyroid"
