@@ -148,6 +148,14 @@ class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
 
     def _split(self, entries: list[StudyEntry]) -> tuple[list[StudyEntry], dict[str, np.ndarray]]:
         """Cuts by group; again without them when all studies of a small split turn out unreadable."""
+        stated: dict[str, StudyEntry] = {}
+        for entry in entries:
+            earlier = stated.setdefault(entry.group_id, entry) if entry.official_split else entry
+            if earlier.official_split != entry.official_split:
+                raise ValueError(
+                    f"{self.name}: {earlier.source} is in {earlier.official_split!r}, {entry.source} of the same "
+                    f"patient or group in {entry.official_split!r}; drop one side or merge them"
+                )
         while True:
             try:
                 splits = split_by_group(

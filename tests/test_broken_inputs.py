@@ -325,7 +325,7 @@ SOURCES = {
     "ahjuui box outside": _export(_region(box=[0, 0, 1.5, 1]), r"'regions'\[0\]: box \[0, 0, 1.5, 1\]"),
     "ahjuui box upside down": _export(_region(box=[0.5, 0, 0.1, 1]), r"expected \[ymin, xmin, ymax, xmax\]"),
     "ahjuui box of a late frame": _export(_region(frame=9), "frame 9 is beyond the clip's last frame"),
-    "ahjuui duplicate study": _export({"study_id": "s0"}, "study_id 's0' occurred already in line 1"),
+    "ahjuui duplicate study": _export({"study_id": "s0"}, "'study_id' is that of line 1"),
     "ahjuui broken clip": Source(
         "ahjuui",
         _after(source_folders.make_export, _replace("clips/6_0.png", encode(NOISE, "PNG")[:300])),

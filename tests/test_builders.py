@@ -644,10 +644,18 @@ def test_export_stated_labels_and_splits_come_first(tmp_path, source):
 BAD_LINES = [
     ("{not json", "not valid JSON"),
     ("[1, 2]", "a list instead of a JSON object"),
-    ({"study_id": None}, "'study_id' is None"),
-    ({"study_id": "s0"}, "'s0' occurred already in line 1"),
-    ({"patient_id": ""}, "'patient_id' is ''"),
-    ({"media": "a.png"}, "'media' is 'a.png'"),
+    ({"study_id": None}, "'study_id' is a NoneType; expected text"),
+    ({"study_id": "s0"}, "'study_id' is that of line 1"),
+    ({"study_id": " ｓ0 "}, "'study_id' is that of line 1"),
+    ({"patient_id": ""}, "'patient_id' is empty"),
+    ({"patient_id": " \u3000"}, "'patient_id' is empty"),
+    ({"patient_id": 10023457.5}, "'patient_id' is a float; expected text or a whole number"),
+    ({"patient_id": True}, "'patient_id' is a bool"),
+    ({"patient_id": "p\ud800"}, "'patient_id' holds half a character"),
+    ({"study_id": "\udc00"}, "'study_id' holds half a character"),
+    ({"report": "cyst \ud800"}, "'report' holds half a character"),
+    ({"media": "a.png"}, "'media' is a str; expected a list"),
+    ({"findings": "cyst of John Doe"}, "'findings' is a str; expected a list"),
     ({"media": ["../secret.png"]}, "leads outside"),
     ({"media": ["gone.png"]}, "no file 'gone.png'"),
     ({"language": "de"}, "'language' is 'de'"),
@@ -686,12 +694,63 @@ def test_export_bad_line_is_named_and_skipped(tmp_path, source, change, message)
         prepare("ahjuui", tmp_path, strict=True)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("study_id", ["19480131"]),
+        ("study_id", "19480131"),
+        ("patient_id", 19480131.5),
+        ("patient_id", ["19480131"]),
+        ("patient_id", 1e300),
+        ("media", {"a": "19480131"}),
+        ("language", "19480131"),
+        ("split", "19480131"),
+        ("organ", "liver of 19480131"),
+        ("findings", "19480131"),
+        ("findings", ["19480131"]),
+        ("19480131", "x"),
+        ("regions", [{"media": 19480131, "frame": 0, "box": [0, 0, 1, 1], "organ": "liver"}]),
+        ("regions", [{"media": 0, "frame": "19480131", "box": [0, 0, 1, 1], "organ": "liver"}]),
+        ("regions", [{"media": 0, "frame": 0, "box": "19480131", "organ": "liver"}]),
+        ("regions", [{"media": 0, "frame": 0, "box": [0, 0, 1, 1], "organ": "19480131"}]),
+    ],
+)
+def test_export_messages_hide_what_may_be_a_patient(tmp_path, source, field, value):
+    manifest = source_folders.make_export(source)
+    study = json.loads(manifest.read_text().splitlines()[0])
+    lines = [
+        json.dumps(study | {"study_id": "19480131"}),
+        json.dumps(study | {"study_id": "x", field: value}),
+    ]
+    manifest.write_text("\n".join(lines))
+    builder = make_builder("ahjuui", source, tmp_path / "prepared")
+    assert len(list(builder._studies(source))) == 1
+    ((name, reason),) = builder._skips
+    assert name == "manifest.jsonl line 2" and "field" in reason and "19480131" not in reason
+
+
+def test_export_ids_are_compared_without_blanks_width_and_type(tmp_path, source):
+    manifest = source_folders.make_export(source)
+    study = json.loads(manifest.read_text().splitlines()[0])
+    ids = ("7", " 7", "７ ", 7, 7.0, "p4", "ｐ4 ")
+    manifest.write_text(
+        "\n".join(json.dumps(study | {"study_id": f" s{i} ", "patient_id": p}) for i, p in enumerate(ids))
+    )
+    studies = list(make_builder("ahjuui", source, tmp_path / "prepared")._studies(source))
+    assert [s.study_id for s in studies] == [f"s{i}" for i in range(len(ids))]
+    assert len({s.group_id for s in studies[:5]}) == len({s.group_id for s in studies[5:]}) == 1
+    assert studies[0].group_id != studies[5].group_id
+
+
 def test_export_official_splits_may_not_cut_a_patient(tmp_path, source):
     manifest = source_folders.make_export(source)
     studies = [json.loads(line) for line in manifest.read_text().splitlines()]
     studies[0]["split"], studies[1]["split"] = "train", "test"
     manifest.write_text("\n".join(json.dumps(s) for s in studies))
-    with pytest.raises(ValueError, match="ahjuui: the official splits cut through group"):
+    where = (
+        r"manifest.jsonl line 1 is in 'train', manifest.jsonl line 2 of the same patient or group in 'test'"
+    )
+    with pytest.raises(ValueError, match=f"ahjuui: {where}"):
         prepare("ahjuui", tmp_path)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -50,7 +52,7 @@ class Builder(UltrasoundBuilder):
                     study = parse_line(line, manual_dir)
                     earlier = seen.setdefault(study["study_id"], number)
                     if earlier != number:
-                        raise ValueError(f"study_id {study['study_id']!r} occurred already in line {earlier}")
+                        raise ValueError(f"field 'study_id' is that of line {earlier}; it must be unique")
                 except ValueError as error:
                     self.skip(source, str(error))
                     continue
@@ -83,7 +85,7 @@ def parse_line(line: bytes, folder: Path) -> dict[str, Any]:
       folder: where the media lie.
 
     Returns:
-      The object; ``patient_id`` is text.
+      The object; ``study_id`` and ``patient_id`` are text in one form, so that they compare.
 
     Raises:
       ValueError: what is wrong, naming the field.
@@ -101,29 +103,53 @@ def parse_line(line: bytes, folder: Path) -> dict[str, Any]:
         raise ValueError(f"field {absent[0]!r} is absent")
     unknown = sorted(set(study) - set(REQUIRED) - set(OPTIONAL))
     if unknown:
-        raise ValueError(f"unknown field {unknown[0]!r}; known are {', '.join(REQUIRED + OPTIONAL)}")
-    if isinstance(study["patient_id"], int) and not isinstance(study["patient_id"], bool):
-        study["patient_id"] = str(study["patient_id"])
+        raise ValueError(f"unknown field {_shown(unknown[0])}; known are {', '.join(REQUIRED + OPTIONAL)}")
+    for name, value in study.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"field {name!r} holds half a character (a lone surrogate); export it anew"
+            ) from None
     for name in ("study_id", "patient_id"):
-        if not isinstance(study[name], str) or not study[name].strip():
-            raise ValueError(f"field {name!r} is {study[name]!r}; expected text")
+        study[name] = _read_id(study[name], name)
     if not isinstance(study["report"], str):
         raise ValueError(
             f"field 'report' is a {type(study['report']).__name__}; expected text, \"\" for none"
         )
     if study["language"] not in LANGUAGES:
-        raise ValueError(f"field 'language' is {study['language']!r}; expected one of {LANGUAGES}")
+        raise ValueError(f"field 'language' is {_shown(study['language'])}; expected one of {LANGUAGES}")
     if study.get("split", "train") not in SPLITS:
-        raise ValueError(f"field 'split' is {study['split']!r}; expected one of {SPLITS}")
+        raise ValueError(f"field 'split' is {_shown(study['split'])}; expected one of {SPLITS}")
     _check_media(study["media"], folder)
     _check_labels(study)
     _check_regions(study)
     return study
 
 
+def _shown(value: Any) -> str:
+    """A value for a message: a short word or number as it stands, else its type, for it may tell of a patient."""
+    text = repr(value) if isinstance(value, (str, int, float)) else ""
+    return text if text and len(text) <= 40 and not re.search(r"\d{4}", text) else f"a {type(value).__name__}"
+
+
+def _read_id(value: Any, name: str) -> str:
+    """One text for "p4", "p4 " and "ｐ４", and for 4 and 4.0; messages show no value."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:  # larger ones have lost digits
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"field {name!r} is a {type(value).__name__}; expected text or a whole number")
+    value = unicodedata.normalize("NFKC", value).strip()
+    if not value:
+        raise ValueError(f"field {name!r} is empty; expected text")
+    return value
+
+
 def _check_media(media: Any, folder: Path) -> None:
     if not isinstance(media, list) or not media or not all(isinstance(m, str) for m in media):
-        raise ValueError(f"field 'media' is {media!r}; expected a list of relative paths")
+        raise ValueError(f"field 'media' is a {type(media).__name__}; expected a list of relative paths")
     for name in media:
         if not resolve_inside(folder, name).is_file():
             raise ValueError(f"field 'media': no file {name!r}")
@@ -133,7 +159,7 @@ def _check_labels(study: dict[str, Any]) -> None:
     concepts = shared_graph().concepts
     findings = study.get("findings", [])
     if not isinstance(findings, list):
-        raise ValueError(f"field 'findings' is {findings!r}; expected a list of concept ids")
+        raise ValueError(f"field 'findings' is a {type(findings).__name__}; expected a list of concept ids")
     for name, value, types in (
         ("organ", study.get("organ", ""), ("organ", "region")),
         ("condition", study.get("condition", ""), ("condition", "finding")),
@@ -143,7 +169,7 @@ def _check_labels(study: dict[str, Any]) -> None:
             continue
         if not isinstance(value, str) or value not in concepts or concepts[value].type not in types:
             raise ValueError(
-                f"field {name!r}: {value!r} is no {' or '.join(types)} of the knowledge graph "
+                f"field {name!r}: {_shown(value)} is no {' or '.join(types)} of the knowledge graph "
                 "(see docs/data.md for the ids)"
             )
 
@@ -158,21 +184,22 @@ def _check_regions(study: dict[str, Any]) -> None:
         if not isinstance(region, dict) or set(region) != {"media", "frame", "box", "organ"}:
             raise ValueError(f"{name}: expected exactly the fields media, frame, box, organ")
         if not _is_index(region["media"]) or region["media"] >= len(study["media"]):
-            raise ValueError(f"{name}: media {region['media']!r} is no index into 'media'")
+            raise ValueError(f"{name}: media {_shown(region['media'])} is no index into 'media'")
         if not _is_index(region["frame"]):
-            raise ValueError(f"{name}: frame {region['frame']!r} is no frame number (0 is the first)")
+            raise ValueError(f"{name}: frame {_shown(region['frame'])} is no frame number (0 is the first)")
         box = region["box"]
         numbers = isinstance(box, list) and len(box) == 4
         numbers = numbers and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in box)
+        shown = box if numbers else f"is a {type(box).__name__}"
         if not numbers or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-            raise ValueError(f"{name}: box {box!r}; expected [ymin, xmin, ymax, xmax] in [0, 1]")
+            raise ValueError(f"{name}: box {shown}; expected [ymin, xmin, ymax, xmax] in [0, 1]")
         organ = region["organ"]
         if (
             not isinstance(organ, str)
             or organ not in concepts
             or concepts[organ].type not in ("organ", "region")
         ):
-            raise ValueError(f"{name}: organ {organ!r} is no organ or region of the knowledge graph")
+            raise ValueError(f"{name}: organ {_shown(organ)} is no organ or region of the knowledge graph")
 
 
 def _is_index(value: Any) -> bool:
