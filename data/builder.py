@@ -197,8 +197,18 @@ class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
                 raise ValueError(
                     f"{entry.source}: {error} (strict mode stops at the first bad study)"
                 ) from error
-            self.skip(entry.source, error.reason if isinstance(error, MediaError) else str(error))
+            if isinstance(error, MediaError):
+                self.skip(self._name_file(entry.source, error.path), error.reason)
+            else:
+                self.skip(entry.source, str(error))
             return None
+
+    def _name_file(self, source: str, path: Path) -> str:
+        """The source, and the file where the source does not name it: one of a study's many."""
+        if path.name in source:
+            return source
+        inside = self.manual_dir is not None and path.is_relative_to(self.manual_dir)
+        return f"{source}, {path.relative_to(self.manual_dir).as_posix() if inside else path.name}"
 
     def _generate_examples(
         self, split: str, entries: list[StudyEntry]
@@ -277,7 +287,10 @@ class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
             "skipped_by_reason": dict(reasons.most_common()),
             "skipped_studies": [
                 {"source": source, "reason": reason}
-                for source, reason in sorted(self._skips)[:MAX_LISTED_SKIPS]
+                # Rare reasons first: thousands of files that a partial copy lacks must not hide a bad one.
+                for source, reason in sorted(self._skips, key=lambda skip: (reasons[skip[1]], skip))[
+                    :MAX_LISTED_SKIPS
+                ]
             ],
             "splits": {name: tally.summary() for name, tally in self._tallies.items()},
         }

@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from dilbert_jax.data.builder import PREPARATION_FILE, UltrasoundBuilder
+from dilbert_jax.data.builder import CARD_FILE, PREPARATION_FILE, UltrasoundBuilder
 from dilbert_jax.data.record import EncodedFrames, Record, from_example
 from dilbert_jax.media import MediaError
 
 NAMES = ("phantom", "busi", "usss", "clust", "pocus", "kmve", "ahjuui")
 SPLITS = ("train", "validation", "test")
+SHOWN_SKIPS = 10  # of those that preparation.json lists
 
 
 def default_data_dir() -> Path:
@@ -274,7 +275,10 @@ def _run_prepare(args: argparse.Namespace) -> None:
     done = builder.preparation()
     assert done is not None
     print(format_counts(done))
-    print(f"  data  {builder.data_dir}\n  card  {Path(builder.data_dir) / 'DATASET_CARD.md'}")
+    for skipped in done["skipped_studies"][:SHOWN_SKIPS]:
+        print(f"  {skipped['source']}: {skipped['reason']}")
+    folder = Path(builder.data_dir)
+    print(f"  data  {folder}\n  card  {folder / CARD_FILE}\n  list  {folder / PREPARATION_FILE}")
 
 
 def _run_list(args: argparse.Namespace) -> None:

@@ -186,6 +186,10 @@ def _replace(name: str, data: bytes) -> Callable[[Path], None]:
     return change
 
 
+def _rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda folder: _write(folder / name, change((folder / name).read_bytes()))
+
+
 def _line_7(change: dict[str, Any] | bytes) -> Callable[[Path], None]:
     """A hospital export whose seventh line is replaced, or has fields replaced (None: removed)."""
 
@@ -259,6 +263,16 @@ SOURCES = {
         "pocus",
         _after(POCUS, _replace("data/dataset_metadata.csv", b"a,b\n1,2\n")),
         ("{folder}/data/dataset_metadata.csv: columns", "'Filename'", "are absent"),
+    ),
+    "pocus csv in another encoding": Source(
+        "pocus",
+        _after(POCUS, _rewrite("data/dataset_metadata.csv", lambda b: b + "肺".encode("gbk") + b"\n")),
+        (r"{folder}/data/dataset_metadata\.csv: is not UTF-8 text", "save it as UTF-8"),
+    ),
+    "pocus csv with an endless cell": Source(
+        "pocus",
+        _after(POCUS, _rewrite("data/dataset_metadata.csv", lambda b: b + b"a" * 200_000 + b",regular\n")),
+        (r"{folder}/data/dataset_metadata\.csv line 9: field larger than field limit",),
     ),
     "pocus broken clip": Source(
         "pocus",

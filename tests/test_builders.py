@@ -760,7 +760,10 @@ def test_export_bad_media_is_skipped_with_its_line(tmp_path, source):
     builder, records, _ = prepare("ahjuui", tmp_path)
     assert len(records) == 7
     (skipped,) = builder.preparation()["skipped_studies"]
-    assert skipped["source"] == "manifest.jsonl line 4" and "no DICOM, video or image" in skipped["reason"]
+    assert (
+        skipped["source"] == "manifest.jsonl line 4, clips/3_1.png"
+        and "no DICOM, video or image" in skipped["reason"]
+    )
 
 
 def test_export_dicom_cine_with_a_region(tmp_path, source):

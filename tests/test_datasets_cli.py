@@ -199,6 +199,20 @@ def test_errors_are_one_line(folders, capsys, arguments, message):
     assert message in err and err.count("\n") == 1
 
 
+def test_prepare_names_what_it_skipped_the_rarest_reason_first(folders, capsys):
+    source, prepared = folders
+    root = source / "Dataset_BUSI_with_GT" / "benign"
+    for number in range(20, 32):
+        source_folders.save(source_folders.make_picture(number), root / f"benign ({number}).png")
+    (root / "benign (3).png").write_bytes(b"text")
+    assert datasets.main(["prepare", "busi", f"--manual_dir={source}", "--quiet"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    named = [line for line in lines if ".png: " in line]
+    assert len(named) == 10 and "benign (3).png: is no DICOM, video or image file" in named[0]
+    assert "benign (20).png: lesion image without a mask" in named[1]
+    assert f"  list  {prepared / 'busi' / '1.0.0' / 'preparation.json'}" in lines
+
+
 def test_strict_reads_again_and_stops(folders, capsys):
     source, _ = folders
     (source / "Dataset_BUSI_with_GT" / "malignant" / "malignant (1)_mask.png").unlink()

@@ -105,17 +105,24 @@ def read_metadata(path: Path) -> dict[str, list[dict[str, str]]]:
     """Rows of the CSV by file stem; text stays text (a licence "None" is a word, not a missing value).
 
     Raises:
-      ValueError: a column that the builder needs is absent.
+      ValueError: no CSV in UTF-8, or a column that the builder needs is absent.
     """
+    rows: dict[str, list[dict[str, str]]] = defaultdict(list)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
-        needed = ("Filename", "Label", *FINDING_COLUMNS, *COMMENT_COLUMNS)
-        absent = [c for c in needed if c not in (reader.fieldnames or ())]
-        if absent:
-            raise ValueError(f"{path}: columns {absent} are absent; is this the set's own {METADATA}?")
-        rows: dict[str, list[dict[str, str]]] = defaultdict(list)
-        for row in reader:
-            rows[stem_of(row["Filename"] or "")].append({k: v or "" for k, v in row.items() if k})
+        try:
+            needed = ("Filename", "Label", *FINDING_COLUMNS, *COMMENT_COLUMNS)
+            absent = [c for c in needed if c not in (reader.fieldnames or ())]
+            for row in reader if not absent else ():
+                rows[stem_of(row["Filename"] or "")].append({k: v or "" for k, v in row.items() if k})
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+        except csv.Error as error:
+            raise ValueError(
+                f"{path} line {reader.reader.line_num}: {error}; is this the set's own {METADATA}?"
+            ) from error
+    if absent:
+        raise ValueError(f"{path}: columns {absent} are absent; is this the set's own {METADATA}?")
     return dict(rows)
 
 
