@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import logging
 import os
 from abc import abstractmethod
 from collections import Counter
@@ -20,9 +21,11 @@ from tqdm import tqdm
 
 from dilbert_jax.data import record as record_lib
 from dilbert_jax.data.record import Record, StudyEntry
+from dilbert_jax.knowledge import KnowledgeGraph, load_graph
 from dilbert_jax.media import MediaError
 from dilbert_jax.splits import DEFAULT_FRACTIONS, split_by_group
 
+_log = logging.getLogger(__name__)
 PREPARATION_FILE = "preparation.json"
 CARD_FILE = "DATASET_CARD.md"
 MAX_LISTED_SKIPS = 200
@@ -38,6 +41,7 @@ class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
     Attributes:
       TITLE, SOURCE, LICENCE: one line each, for the dataset card.
       LAYOUT: what ``manual_dir`` must hold, for messages; "" when the set needs no files.
+      READS_REPORTS: whether the knowledge graph has a say in what is stored (labels read from reports).
       SPLIT_FRACTIONS, SPLIT_SEED: how groups without an official split are cut.
     """
 
@@ -47,6 +51,7 @@ class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
     SOURCE: ClassVar[str] = ""
     LICENCE: ClassVar[str] = ""
     LAYOUT: ClassVar[str] = ""
+    READS_REPORTS: ClassVar[bool] = False
     SPLIT_FRACTIONS: ClassVar[dict[str, float]] = DEFAULT_FRACTIONS
     SPLIT_SEED: ClassVar[int] = 0
 
@@ -57,6 +62,7 @@ class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         strict: bool = False,
         progress: bool = True,
         file_format: str = "array_record",
+        graph_file: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ):
         """See ``tfds.core.DatasetBuilder`` for further arguments (``data_dir``, ``config``, ...).
@@ -66,11 +72,14 @@ class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
           strict: stop at the first bad study instead of skipping it.
           progress: show a progress bar.
           file_format: only "array_record" is read without TensorFlow.
+          graph_file: your own terms (docs/knowledge.md); only sets that read reports use them.
         """
         super().__init__(file_format=file_format, **kwargs)
         self.manual_dir = None if manual_dir is None else Path(manual_dir)
         self.strict = strict
         self.progress = progress
+        self.graph_file = Path(graph_file) if graph_file and self.READS_REPORTS else None
+        self._graph: KnowledgeGraph | None = None
         self._skips: list[tuple[str, str]] = []
         self._tallies: dict[str, _Tally] = {}
 
@@ -79,6 +88,15 @@ class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
     @abstractmethod
     def _studies(self, manual_dir: Path | None) -> Iterable[StudyEntry]:
         """Lists the studies, decoding as little as possible; ``manual_dir`` exists if ``LAYOUT`` is set."""
+
+    @property
+    def graph(self) -> KnowledgeGraph:
+        """The knowledge graph with the terms of ``graph_file``; ``ValueError`` when that is no such file."""
+        if self.graph_file is None:
+            return load_graph()
+        if self._graph is None:
+            self._graph = load_graph(self.graph_file)
+        return self._graph
 
     def skip(self, source: str, reason: str, *, known_gap: bool = False) -> None:
         """Counts a study as skipped.
@@ -244,6 +262,14 @@ class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         text = json.dumps(preparation, ensure_ascii=False, indent=2, sort_keys=True)
         (folder / PREPARATION_FILE).write_text(text + "\n", encoding="utf-8")
         (folder / CARD_FILE).write_text(self._card(preparation), encoding="utf-8")
+        nameless = sum(tally.counts["organs"][""] for tally in self._tallies.values())
+        if nameless:
+            _log.warning(
+                "%s: %d of %d studies have no organ: neither stated nor named in the report",
+                self.name,
+                nameless,
+                preparation["kept"],
+            )
 
     def _log_download_bytes(self) -> None:
         """TFDS would print a banner about download sizes; nothing is downloaded here."""
@@ -264,6 +290,17 @@ class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
             digest.update(line.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
+    def graph_fingerprint(self) -> str:
+        """SHA-256 of the user's own terms; "" where none are used."""
+        if self.graph_file is None:
+            return ""
+        try:
+            return hashlib.sha256(self.graph_file.read_bytes()).hexdigest()
+        except OSError as error:
+            raise ValueError(
+                f"{self.graph_file}: cannot be read ({error.strerror}); give the path of a JSON file"
+            ) from error
+
     def preparation(self) -> dict[str, Any] | None:
         """The contents of preparation.json, or None when the set is not prepared."""
         path = Path(self.data_dir) / PREPARATION_FILE
@@ -281,6 +318,7 @@ class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
             "source": self.SOURCE,
             "licence": self.LICENCE,
             "source_fingerprint": self.source_fingerprint(),
+            "graph_fingerprint": self.graph_fingerprint(),
             "fingerprint": digest.hexdigest(),
             "kept": sum(tally.studies for tally in self._tallies.values()),
             "skipped": len(self._skips),

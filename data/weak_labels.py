@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from dilbert_jax.knowledge import KnowledgeGraph, extract_entities, load_graph
 from dilbert_jax.knowledge.entities import STATUSES
 
@@ -66,13 +64,9 @@ _DIFFUSE = {
 }
 
 
-@lru_cache(maxsize=1)
-def shared_graph() -> KnowledgeGraph:
-    """The knowledge graph, loaded once a process."""
-    return load_graph()
-
-
-def label_report(text: str, language: str, organ: str) -> tuple[str, tuple[str, ...]]:
+def label_report(
+    text: str, language: str, organ: str, graph: KnowledgeGraph | None = None
+) -> tuple[str, tuple[str, ...]]:
     """Reads weak labels from a report.
 
     Findings are what the text says is present. The condition is the first that applies of:
@@ -90,12 +84,13 @@ def label_report(text: str, language: str, organ: str) -> tuple[str, tuple[str, 
       text: the report; an empty one gives no labels.
       language: "en" or "zh".
       organ: concept id; the diffuse rule depends on it.
+      graph: the knowledge graph; by default the packaged one.
 
     Returns:
       (condition, findings): a concept id (``nodule`` is a finding that stands for a nodule of undetermined
       nature) or "", and sorted concept ids of findings and lesion descriptors.
     """
-    graph = shared_graph()
+    graph = graph or load_graph()
     if not text.strip():
         return "", ()
     held: dict[str, set[str]] = {status: set() for status in STATUSES}

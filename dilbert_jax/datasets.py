@@ -41,6 +41,7 @@ def make_builder(
     data_dir: str | os.PathLike[str] | None = None,
     strict: bool = False,
     progress: bool = True,
+    graph_file: str | os.PathLike[str] | None = None,
 ) -> UltrasoundBuilder:
     """Makes the builder of a data set without preparing anything.
 
@@ -50,6 +51,7 @@ def make_builder(
       data_dir: folder of prepared sets; see ``default_data_dir``.
       strict: stop at the first bad study instead of skipping it.
       progress: show a progress bar.
+      graph_file: your own terms (docs/knowledge.md), for sets whose labels are read from reports or checked.
 
     Returns:
       The builder.
@@ -72,6 +74,7 @@ def make_builder(
         data_dir=data_dir or default_data_dir(),
         strict=strict,
         progress=progress,
+        graph_file=graph_file,
     )
 
 
@@ -81,15 +84,16 @@ def prepare(
     data_dir: str | os.PathLike[str] | None = None,
     strict: bool = False,
     progress: bool = True,
+    graph_file: str | os.PathLike[str] | None = None,
 ) -> UltrasoundBuilder:
     """Prepares a data set unless it is prepared already from the same files.
 
     Prepared data are reused when the source's folder is unchanged (names, sizes, times), or when no folder is
-    known any more. Otherwise the folder is read again and replaces them, once all of it is read: a preparation
-    that fails leaves them as they were.
+    known any more, if they were prepared with the same ``graph_file``. Otherwise the folder is read again and
+    replaces them, once all of it is read: a preparation that fails leaves them as they were.
 
     Args:
-      name, manual_dir, data_dir, strict, progress: as ``make_builder``.
+      name, manual_dir, data_dir, strict, progress, graph_file: as ``make_builder``.
 
     Returns:
       The prepared builder.
@@ -97,20 +101,24 @@ def prepare(
     Raises:
       ValueError: an unknown name, a folder that does not hold the set, or in strict mode the first bad study.
     """
-    builder = make_builder(name, manual_dir, data_dir, strict, progress)
+    builder = make_builder(name, manual_dir, data_dir, strict, progress, graph_file)
     done = builder.preparation()
     if done is not None and _is_current(builder, done):
         return builder
+    if done is not None and builder.manual_dir is None:
+        raise ValueError(
+            f"{name}: prepared with another graph_file; name that one, or the source's folder to prepare it anew"
+        )
     builder.check_manual_dir()
     root = Path(builder.data_dir_root)
     root.mkdir(parents=True, exist_ok=True)
     # TFDS would delete the earlier data before it reads anything.
     with tempfile.TemporaryDirectory(prefix=f"incomplete.{builder.name}.", dir=root) as place:
-        fresh = make_builder(name, manual_dir, place, strict, progress)
+        fresh = make_builder(name, manual_dir, place, strict, progress, graph_file)
         with _quiet_logs():
             fresh.download_and_prepare()
         _replace_folder(Path(builder.data_dir), Path(fresh.data_dir), Path(place) / "earlier")
-    return make_builder(name, manual_dir, data_dir, strict, progress)
+    return make_builder(name, manual_dir, data_dir, strict, progress, graph_file)
 
 
 def load_records(
@@ -119,17 +127,18 @@ def load_records(
     manual_dir: str | os.PathLike[str] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    graph_file: str | os.PathLike[str] | None = None,
 ) -> Iterator[Record]:
     """Yields the records of a set, prepared first where needed, one at a time.
 
     Args:
-      name, manual_dir, data_dir, progress: as ``prepare``.
+      name, manual_dir, data_dir, progress, graph_file: as ``prepare``.
       split: "train", "validation" or "test"; None for all three in that order.
 
     Yields:
       Records with all their frames.
     """
-    builder = prepare(name, manual_dir, data_dir, progress=progress)
+    builder = prepare(name, manual_dir, data_dir, progress=progress, graph_file=graph_file)
     for part in SPLITS if split is None else (split,):
         source = open_split(builder, part)
         for i in range(len(source)):
@@ -239,6 +248,8 @@ def format_counts(preparation: dict[str, Any]) -> str:
 def _is_current(builder: UltrasoundBuilder, done: dict[str, Any]) -> bool:
     if done["version"] != str(builder.version):
         return False
+    if done.get("graph_fingerprint", "") != builder.graph_fingerprint():
+        return False
     if not builder.LAYOUT or builder.manual_dir is None or not builder.manual_dir.is_dir():
         return True
     if builder.strict and set(done["skipped_by_reason"]):
@@ -271,7 +282,7 @@ def _quiet_logs() -> Iterator[None]:
 
 
 def _run_prepare(args: argparse.Namespace) -> None:
-    builder = prepare(args.name, args.manual_dir, args.data_dir, args.strict, progress=not args.quiet)
+    builder = prepare(args.name, args.manual_dir, args.data_dir, args.strict, not args.quiet, args.graph_file)
     done = builder.preparation()
     assert done is not None
     print(format_counts(done))
@@ -331,6 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with_name["prepare"].add_argument(
         "--manual_dir", type=Path, help="the source's files (default: $DILBERT_DATA_DIR/<name>)"
     )
+    with_name["prepare"].add_argument("--graph_file", type=Path, help="your own terms (docs/knowledge.md)")
     with_name["prepare"].add_argument("--strict", action="store_true", help="stop at the first bad study")
     with_name["prepare"].add_argument("--quiet", action="store_true", help="no progress bar")
     with_name["show"].add_argument("--output", type=Path, help="PNG to write (default: <name>.png)")

@@ -147,7 +147,10 @@ def open_experiment(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
         check_same_config(config, workdir)
     graph = load_graph(data.graph_file or None)
     tfds_builder = datasets.prepare(
-        data.name, manual_dir=data.manual_dir or None, data_dir=data.data_dir or None
+        data.name,
+        manual_dir=data.manual_dir or None,
+        data_dir=data.data_dir or None,
+        graph_file=data.graph_file or None,
     )
     if not (workdir / "config.json").exists():  # only now: a mistyped folder must not bind the workdir
         _save_whole(functools.partial(save_config, config), workdir / "config.json")

@@ -11,11 +11,13 @@ import pytest
 import source_folders
 from PIL import Image
 
+from dilbert_jax import datasets
 from dilbert_jax.data.grouping import group_near_duplicates, hash_image, merge_groups
 from dilbert_jax.data.masks import describe_place, find_part_boxes, measure_lesion, read_mask_image
 from dilbert_jax.data.reading import MAX_STORED_FRAMES, fit_for_storage, resolve_inside
 from dilbert_jax.data.record import EncodedFrames, Record, Region, check, from_example, to_example
 from dilbert_jax.data.weak_labels import label_report
+from dilbert_jax.knowledge import load_graph
 from dilbert_jax.media import Clip, MediaError
 
 SPLITS = ("train", "validation", "test")
@@ -692,6 +694,77 @@ def test_export_bad_line_is_named_and_skipped(tmp_path, source, change, message)
         raise ValueError(reason)
     with pytest.raises(ValueError, match=r"manifest.jsonl line 7: .*strict mode"):
         prepare("ahjuui", tmp_path, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "organ"),
+    [
+        ("双肾结石", "zh", "kidney"),
+        ("胆囊结石", "zh", "gallbladder"),
+        ("肝左叶囊肿", "zh", "liver"),
+        ("肝肾回声对比增强", "zh", "liver"),  # a finding of the liver
+        ("右肾上腺占位", "zh", ""),  # beside the kidney
+        ("肺炎，未见积液", "zh", "lung"),
+        ("胆囊结石。肝大小正常", "zh", "liver"),  # an organ of its own comes first
+        ("Kidney stone", "en", "kidney"),
+        ("Fatty liver", "en", "liver"),
+        ("Renal pelvis dilated, hydronephrosis", "en", "kidney"),
+        ("Cholelithiasis", "en", ""),
+    ],
+)
+def test_export_organ_inside_a_longer_name(text, language, organ):
+    from dilbert_jax.data.ahjuui.ahjuui_dataset_builder import find_labels
+
+    assert find_labels({"report": text, "language": language}, load_graph())[0] == organ
+
+
+def test_export_studies_without_an_organ_are_counted(tmp_path, source, caplog):
+    manifest = source_folders.make_export(source)
+    studies = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for study in studies[:3]:
+        study["report"] = "详见附图。"
+        del study["organ"]
+    manifest.write_text("\n".join(json.dumps(s) for s in studies))
+    prepare("ahjuui", tmp_path)
+    (warning,) = [r.getMessage() for r in caplog.records if "organ" in r.getMessage()]
+    assert warning.startswith("ahjuui: 3 of 8 studies have no organ")
+
+
+def test_export_of_terms_of_ones_own(tmp_path, source, monkeypatch):
+    monkeypatch.delenv("DILBERT_DATA_DIR", raising=False)
+    manifest = source_folders.make_export(source)
+    studies = [json.loads(line) for line in manifest.read_text().splitlines()]
+    studies[0] |= {"organ": "uterus", "report": "子宫肌瘤3cm。"}
+    studies[1] |= {"condition": "myoma", "organ": "uterus", "regions": []}
+    studies[2]["report"] = "肌瘤3cm。"
+    manifest.write_text("\n".join(json.dumps(s) for s in studies))
+    terms = tmp_path / "terms.json"
+    content = {
+        "schema": "dilbert-jax/knowledge/1",
+        "concepts": [
+            {"id": "uterus", "type": "organ", "en": ["uterus"], "zh": ["子宫"]},
+            {"id": "myoma", "type": "condition", "en": ["myoma"], "zh": ["子宫肌瘤", "肌瘤"]},
+        ],
+        "relations": [{"source": "uterus", "type": "shows", "target": ["normal", "myoma"]}],
+    }
+    terms.write_text(json.dumps(content), "utf-8")
+
+    def labels(**options):
+        records = datasets.load_records(
+            "ahjuui", None, source, tmp_path / "prepared", progress=False, **options
+        )
+        return {r.study_id: (r.organ, r.condition) for r in records}
+
+    found = labels(graph_file=terms)
+    assert found["s0"] == found["s1"] == ("uterus", "myoma") and found["s2"] == ("thyroid", "myoma")
+    plain = labels()  # another graph: prepared anew
+    assert plain["s2"] == ("thyroid", "") and not {"s0", "s1"} & set(plain)
+    prepared = datasets.prepare("ahjuui", source, tmp_path / "prepared", progress=False, graph_file=terms)
+    assert prepared.preparation()["kept"] == 8
+    with pytest.raises(ValueError, match=r"ahjuui: prepared with another graph_file"):
+        datasets.prepare("ahjuui", None, tmp_path / "prepared", progress=False)
+    with pytest.raises(ValueError, match=r"none.json: cannot be read"):
+        datasets.prepare("ahjuui", source, tmp_path / "prepared", graph_file=tmp_path / "none.json")
 
 
 @pytest.mark.parametrize(

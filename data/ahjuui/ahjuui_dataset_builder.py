@@ -15,8 +15,8 @@ import tensorflow_datasets as tfds
 from dilbert_jax.data.builder import UltrasoundBuilder
 from dilbert_jax.data.reading import describe_folder, read_for_storage, resolve_inside
 from dilbert_jax.data.record import LANGUAGES, SPLITS, Record, Region, StudyEntry
-from dilbert_jax.data.weak_labels import label_report, shared_graph
-from dilbert_jax.knowledge import extract_entities
+from dilbert_jax.data.weak_labels import label_report
+from dilbert_jax.knowledge import Entity, KnowledgeGraph, extract_entities
 
 MANIFEST = "manifest.jsonl"
 REQUIRED = ("study_id", "patient_id", "media", "report", "language")
@@ -29,6 +29,7 @@ class Builder(UltrasoundBuilder):
 
     VERSION = tfds.core.Version("1.1.0")
     RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.1.0": "Weak labels: normal only where the report says so."}
+    READS_REPORTS: ClassVar[bool] = True
     TITLE: ClassVar[str] = "Hospital export (AHJUUI layout)"
     SOURCE: ClassVar[str] = "your own export: a folder with manifest.jsonl (docs/data.md)"
     LICENCE: ClassVar[str] = (
@@ -49,19 +50,19 @@ class Builder(UltrasoundBuilder):
                     continue
                 source = f"{MANIFEST} line {number}"
                 try:
-                    study = parse_line(line, manual_dir)
+                    study = parse_line(line, manual_dir, self.graph)
                     earlier = seen.setdefault(study["study_id"], number)
                     if earlier != number:
                         raise ValueError(f"field 'study_id' is that of line {earlier}; it must be unique")
                 except ValueError as error:
                     self.skip(source, str(error))
                     continue
-                yield _make_entry(study, source, manual_dir)
+                yield _make_entry(study, source, manual_dir, self.graph)
 
 
-def _make_entry(study: dict[str, Any], source: str, folder: Path) -> StudyEntry:
+def _make_entry(study: dict[str, Any], source: str, folder: Path, graph: KnowledgeGraph) -> StudyEntry:
     group = hash_patient(study["patient_id"])
-    labels = find_labels(study)
+    labels = find_labels(study, graph)
     return StudyEntry(
         study_id=study["study_id"],
         group_id=group,
@@ -77,12 +78,13 @@ def hash_patient(patient_id: str) -> str:
     return "patient_" + hashlib.sha256(patient_id.encode()).hexdigest()[:16]
 
 
-def parse_line(line: bytes, folder: Path) -> dict[str, Any]:
+def parse_line(line: bytes, folder: Path, graph: KnowledgeGraph) -> dict[str, Any]:
     """Reads and checks one line of the manifest.
 
     Args:
       line: JSON object in UTF-8.
       folder: where the media lie.
+      graph: the knowledge graph that labels are ids of.
 
     Returns:
       The object; ``study_id`` and ``patient_id`` are text in one form, so that they compare.
@@ -122,8 +124,8 @@ def parse_line(line: bytes, folder: Path) -> dict[str, Any]:
     if study.get("split", "train") not in SPLITS:
         raise ValueError(f"field 'split' is {_shown(study['split'])}; expected one of {SPLITS}")
     _check_media(study["media"], folder)
-    _check_labels(study)
-    _check_regions(study)
+    _check_labels(study, graph)
+    _check_regions(study, graph)
     return study
 
 
@@ -155,8 +157,8 @@ def _check_media(media: Any, folder: Path) -> None:
             raise ValueError(f"field 'media': no file {name!r}")
 
 
-def _check_labels(study: dict[str, Any]) -> None:
-    concepts = shared_graph().concepts
+def _check_labels(study: dict[str, Any], graph: KnowledgeGraph) -> None:
+    concepts = graph.concepts
     findings = study.get("findings", [])
     if not isinstance(findings, list):
         raise ValueError(f"field 'findings' is a {type(findings).__name__}; expected a list of concept ids")
@@ -174,11 +176,11 @@ def _check_labels(study: dict[str, Any]) -> None:
             )
 
 
-def _check_regions(study: dict[str, Any]) -> None:
+def _check_regions(study: dict[str, Any], graph: KnowledgeGraph) -> None:
     regions = study.get("regions", [])
     if not isinstance(regions, list):
         raise ValueError(f"field 'regions' is a {type(regions).__name__}; expected a list")
-    concepts = shared_graph().concepts
+    concepts = graph.concepts
     for i, region in enumerate(regions):
         name = f"field 'regions'[{i}]"
         if not isinstance(region, dict) or set(region) != {"media", "frame", "box", "organ"}:
@@ -206,17 +208,31 @@ def _is_index(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def find_labels(study: dict[str, Any]) -> tuple[str, str, tuple[str, ...]]:
+def find_labels(study: dict[str, Any], graph: KnowledgeGraph) -> tuple[str, str, tuple[str, ...]]:
     """(organ, condition, findings): as stated, else read from the report (the organ named most often)."""
     report, language = study["report"], study["language"]
     organ = study.get("organ", "")
     if not organ and report.strip():
-        graph = shared_graph()
-        named = [e.concept for e in extract_entities(report, language, graph)]
-        organs = [c for c in named if graph.concepts[c].type == "organ"]
+        entities = extract_entities(report, language, graph)
+        organs = [e.concept for e in entities if graph.concepts[e.concept].type == "organ"]
+        organs = organs or _organs_inside(report, language, entities, graph)
         organ = max(sorted(set(organs)), key=organs.count, default="")
-    condition, findings = label_report(report, language, organ)
+    condition, findings = label_report(report, language, organ, graph)
     return organ, study.get("condition", condition), tuple(study.get("findings", findings))
+
+
+def _organs_inside(report: str, language: str, entities: list[Entity], graph: KnowledgeGraph) -> list[str]:
+    """Organs that longer names hold (肾 in 肾结石), where the graph lets them have what is named."""
+    organs = KnowledgeGraph((c for c in graph.concepts.values() if c.type == "organ"), ())
+    found = []
+    for entity in entities:
+        for inner in extract_entities(report[entity.start : entity.end], language, organs):
+            region = graph.concepts[entity.concept].type == "region"
+            # The kidney may have an adrenal gland beside it, which is another organ's name all the same.
+            within = graph.parts(inner.concept) if region else ()
+            if entity.concept in within or (not region and graph.allows(inner.concept, entity.concept)):
+                found.append(inner.concept)
+    return found
 
 
 def read_study(

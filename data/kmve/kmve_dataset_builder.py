@@ -29,6 +29,7 @@ class Builder(UltrasoundBuilder):
 
     VERSION = tfds.core.Version("1.1.0")
     RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.1.0": "Weak labels: normal only where the report says so."}
+    READS_REPORTS: ClassVar[bool] = True
     TITLE: ClassVar[str] = "KMVE (Chinese ultrasound reports)"
     SOURCE: ClassVar[str] = (
         "Li et al., ultrasound report generation; github.com/LijunRio/Ultrasound-Report-Generation"
@@ -87,7 +88,7 @@ class Builder(UltrasoundBuilder):
                     source, "training report that shares an image with the official val part", known_gap=True
                 )
                 continue
-            condition, findings = label_report(row["finding"], "zh", organ)
+            condition, findings = label_report(row["finding"], "zh", organ, self.graph)
             record = {
                 "study_id": study_id,
                 "group_id": f"study_{groups[study_id]}",
