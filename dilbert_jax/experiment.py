@@ -173,6 +173,7 @@ def open_experiment(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
     indices = _split(store, data)
     tokenizer = _open_tokenizer(config, workdir, [store.studies[i].report for i in indices["train"]])
     _warn_of_untaught_classes(store, indices["train"], data)
+    _warn_of_cut_reports(store, indices["train"], tokenizer, data)
     if (workdir / "labels.json").exists():
         labels = LabelSpace.load(workdir / "labels.json")
     else:
@@ -250,6 +251,22 @@ def _warn_of_untaught_classes(
                 ", ".join(sorted(untaught)),
                 "" if data.folds else "; with data.folds every study serves in turn",
             )
+
+
+def _warn_of_cut_reports(
+    store: ClipStore, training: np.ndarray, tokenizer: ReportTokenizer, data: ml_collections.ConfigDict
+) -> None:
+    """Tells how many training reports lose their end, which often holds the conclusion."""
+    room = data.max_tokens - 2  # [CLS] and [SEP]
+    cut = sum(len(tokenizer.tokenize(store.studies[i].report)) > room for i in training)
+    if cut:
+        _log.warning(
+            "%s: %d of %d training reports are longer than data.max_tokens (%d): their ends are cut",
+            data.name,
+            cut,
+            len(training),
+            data.max_tokens,
+        )
 
 
 def _open_tokenizer(

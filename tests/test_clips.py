@@ -1,5 +1,6 @@
 """Clips at the model's resolution: placement, even selection, boxes that follow, the store on disk."""
 
+import hashlib
 import json
 import pickle
 
@@ -219,11 +220,39 @@ def test_corrected_reports_and_labels_reach_the_next_run(tmp_path):
     }
 
 
+def test_reports_that_are_cut_are_counted(tmp_path, caplog):
+    export = make_small_export(tmp_path / "export")
+    lines = [json.loads(line) for line in (export / "manifest.jsonl").read_text("utf-8").splitlines()]
+    for line, report in zip(lines, ("; " * 30, "; " * 31, "; " * 40), strict=False):
+        line["report"] = report  # with [CLS] and [SEP] 32, 33 and 42 word pieces
+    for line in lines[3:]:
+        line["report"] = "No mass."
+    (export / "manifest.jsonl").write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    config = tiny_run_config(name="ahjuui", manual_dir=str(export), data_dir=str(tmp_path / "prepared"))
+    store = open_experiment(config, tmp_path / "run").store
+    training = sum(study.split == "train" for study in store.studies)
+    assert config.data.max_tokens == 32
+    (warning,) = [r.getMessage() for r in caplog.records if "longer than" in r.getMessage()]
+    assert warning.startswith(f"ahjuui: 2 of {training} training reports are longer than data.max_tokens")
+
+
+def test_terms_of_ones_own_reach_the_preparation(tmp_path):
+    export = make_small_export(tmp_path / "export")
+    terms = tmp_path / "terms.json"
+    terms.write_text('{"schema": "dilbert-jax/knowledge/1"}')
+    config = tiny_run_config(name="ahjuui", manual_dir=str(export), data_dir=str(tmp_path / "prepared"))
+    assert open_experiment(config, tmp_path / "run1").dataset["graph_fingerprint"] == ""
+    config.data.graph_file = str(terms)
+    fingerprint = hashlib.sha256(terms.read_bytes()).hexdigest()
+    assert open_experiment(config, tmp_path / "run2").dataset["graph_fingerprint"] == fingerprint
+
+
 def test_classes_that_no_training_study_has_are_named(tmp_path, caplog):
     source_folders.make_usss(tmp_path / "usss")
     config = tiny_run_config(
         name="usss", manual_dir=str(tmp_path / "usss"), data_dir=str(tmp_path / "prepared")
     )
     open_experiment(config, tmp_path / "run")
-    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    (warning,) = [w for w in warnings if "longer than" not in w]
     assert warning.startswith("usss: no training study has the organ liver, ") and "data.folds" in warning
