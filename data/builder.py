@@ -225,8 +225,9 @@ class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         """The source, and the file where the source does not name it: one of a study's many."""
         if path.name in source:
             return source
-        inside = self.manual_dir is not None and path.is_relative_to(self.manual_dir)
-        return f"{source}, {path.relative_to(self.manual_dir).as_posix() if inside else path.name}"
+        if self.manual_dir is not None and path.is_relative_to(self.manual_dir):
+            return f"{source}, {path.relative_to(self.manual_dir).as_posix()}"
+        return f"{source}, {path.name}"
 
     def _generate_examples(
         self, split: str, entries: list[StudyEntry]
