@@ -19,9 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from dilbert_jax.huge_pages import request_huge_pages
+
 # What needs JAX is imported where it is used: a worker process of the input pipeline imports this file.
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+SMALL_PAGES = ", small pages"  # ends the name of a contender that has no huge pages; all others ask for them
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "grain", "torch")
 
 
@@ -125,7 +128,9 @@ def time_in_turn(
 def measure_in_process(benchmark: str, contender: str, options: Sequence[str]) -> dict[str, Any]:
     """What `measure_alone` of a benchmark finds for one contender, in a fresh process."""
     command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--one", contender, *options]
-    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    small = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"} if contender.endswith(SMALL_PAGES) else {}
+    environment = {**os.environ, **small}
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
     return json.loads(found.stdout.splitlines()[-1])
 
 
@@ -223,6 +228,7 @@ def main(
       rounds: the default of --rounds.
       measure_alone: what `measure_in_process` asks of this command, for the contender `arguments.one`.
     """
+    request_huge_pages()
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help="timed runs of each contender")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
@@ -259,6 +265,7 @@ def describe(load: float) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version for name, version in versions.items() if version},
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
     }
     if "torch" in sys.modules:
         about["torch_threads"] = sys.modules["torch"].get_num_threads()
