@@ -331,6 +331,7 @@ class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
                     :MAX_LISTED_SKIPS
                 ]
             ],
+            "kept_whole": sorted(source for tally in self._tallies.values() for source in tally.kept_whole),
             "splits": {name: tally.summary() for name, tally in self._tallies.items()},
         }
 
@@ -343,6 +344,8 @@ class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
             f"- Source: {self.SOURCE}",
             f"- Licence: {self.LICENCE}",
             f"- Kept {preparation['kept']} studies, skipped {preparation['skipped']}.",
+            f"- {len(preparation['kept_whole'])} of them were not blanked, as no scan sector stood out: text burned in "
+            f"may be left (`kept_whole` in {PREPARATION_FILE}).",
             f"- Fingerprint of the prepared studies: `{preparation['fingerprint']}`",
             "",
             "| split | studies | groups | frames | synthetic reports |",
@@ -384,6 +387,7 @@ class _Tally:
         self.frames = 0
         self.synthetic_reports = 0
         self.groups: set[str] = set()
+        self.kept_whole: list[str] = []
         self.hashes: list[str] = []
         self.counts: dict[str, Counter[str]] = {
             key: Counter() for key in ("organs", "conditions", "findings", "regions", "languages", "decoders")
@@ -394,6 +398,8 @@ class _Tally:
         self.frames += len(record.frames)
         self.synthetic_reports += record.report_is_synthetic
         self.groups.add(record.group_id)
+        if record.kept_whole:
+            self.kept_whole.append(record.source)
         self.hashes.append(f"{record.study_id}\t{hash_frames(record.frames)}\n")
         self.counts["organs"][record.organ] += 1
         self.counts["conditions"][record.condition] += 1

@@ -26,6 +26,7 @@ class StoredClip:
       pixel_spacing_mm: (row, column) of the stored pixels, or None.
       decoder: what decoded the pixels.
       frame_index: source frame number of each kept frame.
+      blanked: as in `Clip`.
     """
 
     frames: np.ndarray
@@ -33,6 +34,7 @@ class StoredClip:
     pixel_spacing_mm: tuple[float, float] | None
     decoder: str
     frame_index: tuple[int, ...]
+    blanked: bool
 
 
 def read_for_storage(paths: Sequence[Path]) -> StoredClip:
@@ -72,7 +74,7 @@ def fit_for_storage(clip: Clip) -> StoredClip:
         )
         if spacing is not None:
             spacing = (spacing[0] * height / size[1], spacing[1] * width / size[0])
-    return StoredClip(frames, fps if len(index) > 1 else None, spacing, clip.decoder, index)
+    return StoredClip(frames, fps if len(index) > 1 else None, spacing, clip.decoder, index, clip.blanked)
 
 
 def find_root(manual_dir: Path, candidates: Sequence[str], marker: Sequence[str]) -> Path | None:

@@ -50,6 +50,7 @@ class Record:
       official_split: the source's own split ("train", "validation", "test") or "".
       source: path of the media relative to the data set's folder (several joined by ";").
       decoder: what decoded the pixels, e.g. "pillow 11.0", "pyav 14.0 h264", "pydicom 3.0 pylibjpeg".
+      kept_whole: no scan sector stood out, so that nothing was blanked and text burned in may be left. Not stored.
     """
 
     study_id: str
@@ -67,6 +68,7 @@ class Record:
     fps: float | None = None
     pixel_spacing_mm: tuple[float, float] | None = None
     official_split: str = ""
+    kept_whole: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

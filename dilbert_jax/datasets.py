@@ -242,6 +242,11 @@ def format_counts(preparation: dict[str, Any]) -> str:
     """One line on what was kept and one for each reason to skip."""
     lines = [f"{preparation['name']}: kept {preparation['kept']} studies, skipped {preparation['skipped']}"]
     lines += [f"  skipped {n}: {reason}" for reason, n in preparation["skipped_by_reason"].items()]
+    if whole := len(preparation.get("kept_whole", ())):  # older preparations did not count them
+        lines.append(
+            f"  {whole} of them not blanked, as no scan sector stood out: look for text burned in "
+            f"(kept_whole in {PREPARATION_FILE})"
+        )
     return "\n".join(lines)
 
 
@@ -254,6 +259,8 @@ def _is_current(builder: UltrasoundBuilder, done: dict[str, Any]) -> bool:
         return True
     if builder.strict and set(done["skipped_by_reason"]):
         return False  # strict mode has to see the bad studies again
+    if "kept_whole" not in done:
+        return False  # prepared before what was not blanked was counted
     return done["source_fingerprint"] == builder.source_fingerprint()
 
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pydicom.examples
@@ -836,6 +837,20 @@ def test_export_bad_media_is_skipped_with_its_line(tmp_path, source):
     assert (
         skipped["source"] == "manifest.jsonl line 4, clips/3_1.png"
         and "no DICOM, video or image" in skipped["reason"]
+    )
+
+
+def test_studies_without_a_sector_are_counted_and_named_by_their_media(tmp_path, source):
+    source_folders.make_export(source)
+    sector = source_folders.ellipse(240, 320, (20, 60, 220, 260))
+    screen = np.where(sector, source_folders.make_picture(5, 240, 320), 0).astype(np.uint8)
+    source_folders.save(screen, source / "clips/0_0.png")
+    builder, _, _ = prepare("ahjuui", tmp_path)
+    whole = builder.preparation()["kept_whole"]
+    assert len(whole) == 7 and "clips/1_0.png;clips/1_1.png" in whole and "clips/0_0.png" not in whole
+    card = (Path(builder.data_dir) / "DATASET_CARD.md").read_text(encoding="utf-8")
+    assert "7 of them were not blanked" in card and "7 of them not blanked" in datasets.format_counts(
+        builder.preparation()
     )
 
 

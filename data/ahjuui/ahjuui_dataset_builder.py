@@ -266,4 +266,5 @@ def read_study(
         official_split=study.get("split", ""),
         source=";".join(study["media"]),
         decoder=clip.decoder,
+        kept_whole=not clip.blanked,
     )

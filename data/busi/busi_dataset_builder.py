@@ -136,6 +136,7 @@ def read_study(
         regions=tuple(Region(0, lesion.box, "lesion") for lesion in lesions),
         source=";".join(p.relative_to(root).as_posix() for p in (path, *mask_paths)),
         decoder=clip.decoder,
+        kept_whole=not clip.blanked,
     )
 
 

@@ -192,6 +192,7 @@ def read_study(
         regions=tuple(regions),
         source=(folder / "Data").relative_to(root).as_posix() + f";frames {window[0]}-{window[-1]}",
         decoder=stored.decoder,
+        kept_whole=not stored.blanked,
     )
 
 

@@ -143,4 +143,4 @@ def check_row(row: dict[str, Any]) -> str:
 def read_study(paths: list[Path], record: dict[str, Any]) -> Record:
     """Reads the stills of a report as one sequence (one frame where the report lists an image twice)."""
     clip = read_for_storage(paths)
-    return Record(frames=clip.frames, decoder=clip.decoder, **record)
+    return Record(frames=clip.frames, decoder=clip.decoder, kept_whole=not clip.blanked, **record)

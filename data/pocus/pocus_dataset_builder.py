@@ -173,6 +173,7 @@ def read_study(study_id: str, path: Path, row: dict[str, str], condition: str, r
         report_is_synthetic=synthetic,
         source=path.relative_to(root).as_posix(),
         decoder=clip.decoder,
+        kept_whole=not clip.blanked,
     )
 
 

@@ -208,6 +208,7 @@ def read_study(study_id: str, group_id: str, split: str, paths: list[Path], root
         official_split=split,
         source=";".join(sources),
         decoder=clip.decoder,
+        kept_whole=not clip.blanked,
     )
 
 

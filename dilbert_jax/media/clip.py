@@ -62,6 +62,7 @@ class Clip:
         region: (ymin, xmin, ymax, xmax) in [0, 1], bounding box of the pixels that were kept; the whole
             image if nothing was blanked.
         frame_index: source frame number of each kept frame, T entries.
+        blanked: some pixels were set to 0; False where no sector stood out, or nobody asked.
     """
 
     frames: np.ndarray
@@ -71,6 +72,7 @@ class Clip:
     source: str
     region: tuple[float, float, float, float] = WHOLE_IMAGE
     frame_index: tuple[int, ...] = ()
+    blanked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

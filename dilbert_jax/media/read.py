@@ -221,4 +221,5 @@ def _finish(decoded: Decoded, source: str, blank_outside_sector: bool) -> Clip:
         source=printable(source),
         region=region,
         frame_index=decoded.frame_index,
+        blanked=frames is not decoded.frames,
     )

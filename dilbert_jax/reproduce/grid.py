@@ -46,8 +46,8 @@ DATASETS: dict[str, dict[str, Any]] = {
     # In its own split only test subjects have masks, and with them organs: nothing to learn. Few have: three folds.
     "usss": {"folds": 3, "num_frames": 8, "stored_frames": 8},
     "pocus": {"folds": 5, "num_frames": 16, "stored_frames": 64, "min_entity_count": 4},
-    "kmve": {"size": 96, "num_frames": 2, "stored_frames": 2, "max_tokens": 128, "grid_scales": (1, 3)},
-    "ahjuui": {"num_frames": 16, "max_tokens": 128},
+    "kmve": {"size": 96, "num_frames": 2, "stored_frames": 2, "max_tokens": 256, "grid_scales": (1, 3)},
+    "ahjuui": {"num_frames": 16, "max_tokens": 256},
 }
 # Frames a description token covers, where it is not the default.
 FRAMES_PER_STEP = {"phantom": 3, "busi": 1, "clust": 4, "pocus": 4, "kmve": 1, "ahjuui": 4}  # fmt: skip
