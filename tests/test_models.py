@@ -16,6 +16,7 @@ from dilbert_jax.config import MODEL_PRESETS, check_config, default_config
 from dilbert_jax.models import SYSTEMS, make_network
 from dilbert_jax.models.attention import attend
 from dilbert_jax.models.conv3d import conv3d, patchify
+from dilbert_jax.models.embeddings import sinusoids
 from dilbert_jax.models.regions import pool_regions
 from dilbert_jax.training.objectives import VISUAL
 
@@ -236,3 +237,26 @@ def test_a_cnn_of_any_number_of_stages_is_initialised(stages):
     )
     params = jax.eval_shape(functools.partial(models.init_params, model), jax.random.key(0))
     assert f"stage{stages - 1}_block0" in params["video"]
+
+
+def test_positions_start_where_a_step_is_one_rotation():
+    table = np.asarray(sinusoids(jax.random.key(0), (96, 72)), np.float64)
+    assert table.std() == pytest.approx(0.03, rel=0.05)
+    step = np.linalg.lstsq(table[:-1], table[1:], rcond=None)[0]
+    np.testing.assert_allclose(table[:-1] @ step, table[1:], atol=1e-6)
+    np.testing.assert_allclose(
+        np.linalg.norm(table, axis=1), 0.03 * 72**0.5, rtol=1e-6
+    )  # the step only turns
+    distance = np.linalg.norm(table[:, None] - table[None], axis=-1)
+    assert (distance + np.eye(96)).min() > 0.05  # no two alike
+    assert sinusoids(jax.random.key(0), (1, 5)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("name", ["dilbert", "videobert", "hero"])
+def test_learned_positions_start_from_sinusoids(name):
+    params = init_params(config=dataclasses.replace(CONFIG, name=name))
+    found = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    tables = {path: x for path, x in found.items() if "'position'" in path or "'place'" in path}
+    assert len(tables) >= 2
+    for table in tables.values():
+        np.testing.assert_array_equal(table, sinusoids(jax.random.key(0), table.shape))

@@ -25,6 +25,7 @@ from dilbert_jax.experiment import load_context
 from dilbert_jax.knowledge import ReportTokenizer
 from dilbert_jax.labels import LabelSpace
 from dilbert_jax.models import Dilbert, NetworkConfig
+from dilbert_jax.models.embeddings import sinusoids
 from dilbert_jax.parity import compare, names, torch_losses
 from dilbert_jax.parity.__main__ import main
 from dilbert_jax.parity.convert import import_network, read_tensors
@@ -151,6 +152,13 @@ def test_the_mutual_stage_agrees_over_three_steps():
     assert "student/self" in text and "learning rate 0.1" in text
     record = json.loads(compare.to_json(setting, [agreement]))
     assert record["agreements"][0]["trajectory"]["loss"]["torch"] == theirs.tolist()
+
+
+def test_positions_start_alike():
+    network = TorchDilbert(CONFIG)
+    for table in (network.entity_embedding.position.weight, network.description_embedding.position):
+        expected = sinusoids(jax.random.key(0), tuple(table.shape))
+        np.testing.assert_allclose(table.detach().numpy(), expected, atol=1e-7)
 
 
 def test_a_difference_is_noticed():

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dilbert_jax.models.attention import LAYER_NORM_EPSILON, Dense
 from dilbert_jax.models.regions import region_geometry
@@ -16,6 +17,26 @@ Array = jax.Array
 NUM_TOKEN_TYPES = 6  # outside an entity, organ, region, finding, descriptor, condition
 
 
+def sinusoids(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
+    """Where learned positions [L, D] start: sines and cosines of wavelengths from 2 pi to 2 pi L, deviation 0.03.
+
+    The same distance is the same rotation everywhere, so that attention to a neighbour need not be learned for every
+    position by itself, as from random vectors. A report's masked words are learned in half the updates
+    (docs/results/positions.md).
+
+    Args:
+      key: not used; every network starts from the same positions.
+
+    Source: Vaswani et al. 2017, "Attention is all you need", section 3.5, there fixed and up to 2 pi 10,000.
+    """
+    del key
+    length, size = shape
+    pairs = (size + 1) // 2
+    angles = np.arange(length)[:, None] * float(length) ** -(np.arange(pairs) / pairs)
+    table = np.stack([np.sin(angles), np.cos(angles)], -1).reshape(length, -1)[:, :size]
+    return jnp.asarray(0.03 * np.sqrt(2.0) * table, dtype)
+
+
 class Embedding(nn.Module):
     """A table of vectors, parameter `embedding` [size, D]; devices that share it gather it before they look up."""
 
@@ -23,10 +44,10 @@ class Embedding(nn.Module):
     hidden_size: int
     dtype: Any = jnp.float32
     stored: tuple[Axes, ...] = (None, "fsdp")
+    init: nn.initializers.Initializer = nn.initializers.normal(0.02)
 
     def setup(self) -> None:
-        shape = (self.size, self.hidden_size)
-        self.embedding = self.param("embedding", nn.initializers.normal(0.02), shape)
+        self.embedding = self.param("embedding", self.init, (self.size, self.hidden_size))
 
     def table(self) -> Array:
         """[size, D], whole on every device."""
@@ -52,7 +73,7 @@ class EntityEmbedding(nn.Module):
 
     def setup(self) -> None:
         self.word = Embedding(self.vocab_size, self.hidden_size, self.dtype, ("tensor", "fsdp"))
-        self.position = Embedding(self.max_tokens, self.hidden_size, self.dtype)
+        self.position = Embedding(self.max_tokens, self.hidden_size, self.dtype, init=sinusoids)
         self.token_type = Embedding(NUM_TOKEN_TYPES, self.hidden_size, self.dtype)
         self.norm = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)
         self.drop = nn.Dropout(self.dropout)
@@ -87,8 +108,7 @@ class DescriptionEmbedding(nn.Module):
             )
         x = Dense(self.hidden_size, dtype=self.dtype, name="feature")(features)
         if self.position:
-            init = nn.initializers.normal(0.02)
-            position = self.param("position", init, (self.max_steps, self.hidden_size))
+            position = self.param("position", sinusoids, (self.max_steps, self.hidden_size))
             x = x + gather(position.astype(self.dtype), (None, "fsdp"), ())[:steps]
         x = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(x)
         return nn.Dropout(self.dropout)(x, deterministic=deterministic)

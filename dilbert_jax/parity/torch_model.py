@@ -158,6 +158,13 @@ class VideoEncoder(nn.Module):
         return x * valid
 
 
+def sinusoids(length: int, size: int) -> Tensor:
+    """Where learned positions [L, D] start: sines and cosines of wavelengths from 2 pi to 2 pi L, deviation 0.03."""
+    pairs = (size + 1) // 2
+    angles = torch.arange(length)[:, None] * float(length) ** -(torch.arange(pairs) / pairs)
+    return 0.03 * 2**0.5 * torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :size]
+
+
 class EntityEmbedding(nn.Module):
     """Word + position + entity-type embedding of report tokens, LN, dropout."""
 
@@ -425,8 +432,10 @@ class TorchDilbert(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.cmm.weight, std=0.02)
-        if self.description_embedding.position is not None:
-            nn.init.normal_(self.description_embedding.position, std=0.02)
+        for positions in (self.entity_embedding.position.weight, self.description_embedding.position):
+            if positions is not None:
+                with torch.no_grad():
+                    positions.copy_(sinusoids(*positions.shape))
 
     def encode(
         self,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from dilbert_jax.losses import cross_entropy, hinge_loss, masked_mean
 from dilbert_jax.models.attention import LAYER_NORM_EPSILON, Dense
 from dilbert_jax.models.baselines.contrast import FrameHead, frame_contrast
-from dilbert_jax.models.embeddings import Embedding
+from dilbert_jax.models.embeddings import Embedding, sinusoids
 from dilbert_jax.models.network import Encoded, Network, System
 from dilbert_jax.models.streams import looks_at, side_by_side
 from dilbert_jax.models.tangled import STREAMS
@@ -45,7 +45,7 @@ class Hero(Network):
         self.segment = Embedding(len(STREAMS), c.hidden_size, dtype)
         self.cross = self.transformer()
         self.residual = Dense(c.hidden_size, dtype=dtype)
-        self.place = Embedding(c.max_steps, c.hidden_size, dtype)
+        self.place = Embedding(c.max_steps, c.hidden_size, dtype, init=sinusoids)
         self.place_norm = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=dtype)
         self.temporal = self.transformer(max(1, -(-c.num_layers // 2)))
         self.frame = FrameHead()

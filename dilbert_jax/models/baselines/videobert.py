@@ -12,7 +12,7 @@ import numpy as np
 from sklearn.cluster import KMeans
 
 from dilbert_jax.losses import cross_entropy, masked_mean
-from dilbert_jax.models.embeddings import Embedding
+from dilbert_jax.models.embeddings import Embedding, sinusoids
 from dilbert_jax.models.heads import Transform
 from dilbert_jax.models.network import Encoded, Network, System
 from dilbert_jax.models.streams import looks_at, side_by_side
@@ -114,7 +114,7 @@ class VideoBert(Network):
         self.num_words = int(np.prod(c.visual_words))
         # The last two are [>] and [MASK].
         self.visual_embedding = Embedding(self.num_words + 2, c.hidden_size, dtype)
-        self.place = Embedding(c.max_steps, c.hidden_size, dtype)
+        self.place = Embedding(c.max_steps, c.hidden_size, dtype, init=sinusoids)
         self.segment = Embedding(len(STREAMS), c.hidden_size, dtype)
         self.visual_transform = Transform(c.hidden_size, dtype)
         self.layers = self.transformer()
