@@ -93,7 +93,7 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     config.loss = loss = ml_collections.ConfigDict()
     # The paper weighs the four tasks 1 each and has no summary task (0). Small sets need other weights: MDC and
     # summary are means over many classes, and without summary matching learns late.
-    loss.mlm, loss.mdc, loss.moc, loss.cmm, loss.summary = 0.5, 5.0, 1.0, 3.0, 15.0
+    loss.mlm, loss.mdc, loss.moc, loss.cmm, loss.summary = 2.0, 5.0, 1.0, 3.0, 15.0
     loss.order = (
         0.0  # > 0: a fifth task, are the description tokens shuffled? (D9); not beside CBT's and HERO's own
     )

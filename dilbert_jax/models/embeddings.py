@@ -21,8 +21,8 @@ def sinusoids(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> A
     """Where learned positions [L, D] start: sines and cosines of wavelengths from 2 pi to 2 pi L, deviation 0.03.
 
     The same distance is the same rotation everywhere, so that attention to a neighbour need not be learned for every
-    position by itself, as from random vectors. A report's masked words are learned in half the updates
-    (docs/results/positions.md).
+    position by itself, as from random vectors: words masked in reports are learned in fewer updates
+    (docs/reproduction.md, "How the cpu budget came about").
 
     Args:
       key: not used; every network starts from the same positions.
