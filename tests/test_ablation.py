@@ -35,7 +35,7 @@ def changed(**fields):
         ({"loss__beta1": 0.0}, ("teacher", "student")),
         ({"loss__temperature": 5.0}, ("teacher",)),
         ({"loss__temperature": 5.0, "loss__beta1": 0.0}, ("teacher",)),
-        ({"loss__mlm": 2.0}, ()),
+        ({"loss__mlm": 9.0}, ()),
         ({"seed": 1}, ()),
         ({"train__single_network": True}, ()),
     ],
