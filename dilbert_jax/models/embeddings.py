@@ -44,10 +44,10 @@ class Embedding(nn.Module):
     hidden_size: int
     dtype: Any = jnp.float32
     stored: tuple[Axes, ...] = (None, "fsdp")
-    init: nn.initializers.Initializer = nn.initializers.normal(0.02)
+    initializer: nn.initializers.Initializer = nn.initializers.normal(0.02)
 
     def setup(self) -> None:
-        self.embedding = self.param("embedding", self.init, (self.size, self.hidden_size))
+        self.embedding = self.param("embedding", self.initializer, (self.size, self.hidden_size))
 
     def table(self) -> Array:
         """[size, D], whole on every device."""
@@ -73,7 +73,7 @@ class EntityEmbedding(nn.Module):
 
     def setup(self) -> None:
         self.word = Embedding(self.vocab_size, self.hidden_size, self.dtype, ("tensor", "fsdp"))
-        self.position = Embedding(self.max_tokens, self.hidden_size, self.dtype, init=sinusoids)
+        self.position = Embedding(self.max_tokens, self.hidden_size, self.dtype, initializer=sinusoids)
         self.token_type = Embedding(NUM_TOKEN_TYPES, self.hidden_size, self.dtype)
         self.norm = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)
         self.drop = nn.Dropout(self.dropout)

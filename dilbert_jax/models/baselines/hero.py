@@ -45,7 +45,7 @@ class Hero(Network):
         self.segment = Embedding(len(STREAMS), c.hidden_size, dtype)
         self.cross = self.transformer()
         self.residual = Dense(c.hidden_size, dtype=dtype)
-        self.place = Embedding(c.max_steps, c.hidden_size, dtype, init=sinusoids)
+        self.place = Embedding(c.max_steps, c.hidden_size, dtype, initializer=sinusoids)
         self.place_norm = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=dtype)
         self.temporal = self.transformer(max(1, -(-c.num_layers // 2)))
         self.frame = FrameHead()

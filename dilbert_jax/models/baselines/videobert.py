@@ -114,7 +114,7 @@ class VideoBert(Network):
         self.num_words = int(np.prod(c.visual_words))
         # The last two are [>] and [MASK].
         self.visual_embedding = Embedding(self.num_words + 2, c.hidden_size, dtype)
-        self.place = Embedding(c.max_steps, c.hidden_size, dtype, init=sinusoids)
+        self.place = Embedding(c.max_steps, c.hidden_size, dtype, initializer=sinusoids)
         self.segment = Embedding(len(STREAMS), c.hidden_size, dtype)
         self.visual_transform = Transform(c.hidden_size, dtype)
         self.layers = self.transformer()
