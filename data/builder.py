@@ -345,8 +345,8 @@ class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
             f"- Licence: {self.LICENCE}",
             f"- Kept {preparation['kept']} studies, skipped {preparation['skipped']}.",
             *[
-                f"- {len(preparation['kept_whole'])} of them were not blanked, as no scan sector stood out: text burned in "
-                f"may be left (`kept_whole` in {PREPARATION_FILE})."
+                f"- {len(preparation['kept_whole'])} of them were not blanked, as no scan sector stood out: text "
+                f"burned in may be left (`kept_whole` in {PREPARATION_FILE})."
             ]
             * bool(self.LAYOUT),  # a generated set never showed a screen
             f"- Fingerprint of the prepared studies: `{preparation['fingerprint']}`",

@@ -420,7 +420,7 @@ class TorchDilbert(nn.Module):
         self.to(getattr(torch, c.dtype))
 
     def reset_parameters(self) -> None:
-        """Draws weights from the distributions of the JAX model, up to the truncation's correction; positions are its own."""
+        """Draws weights as the JAX model does, up to the truncation's correction, and takes its positions."""
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
