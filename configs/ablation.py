@@ -15,6 +15,7 @@ from dilbert_jax.config import default_config
 VARIANTS = {
     "full": {},
     "without_graph_masking": {"data.guided_masking": 0.0},
+    "graph_masking_always": {"data.guided_masking": 1.0},
     "without_relations": {"loss.relational_layer": "none"},
     "without_angle": {"loss.beta1": 0.0},
     "without_response": {"loss.beta2": 0.0},

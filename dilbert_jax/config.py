@@ -56,7 +56,7 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     data.graph_file = ""  # extension of the knowledge graph
     data.min_entity_count = 3
     # Share of examples whose masked words the knowledge graph chooses (D8), whatever the system; 0 for all but DILBERT.
-    data.guided_masking = 1.0
+    data.guided_masking = 0.5
     data.leak_iou = 0.4  # regions that overlap a masked one by more are masked too (D10); 1 = none
     data.any_mismatch = (
         False  # True: a mismatched report may be the same patient's or have the same text (D11)

@@ -55,7 +55,7 @@ class InputSpec:
     grid_steps: int
     max_annotated_regions: int
     max_tokens: int
-    guided_masking: float = 1.0
+    guided_masking: float = 0.5
     leak_iou: float = 0.4
     any_mismatch: bool = False
     shuffle: bool = False

@@ -26,4 +26,4 @@ class Dilbert(Network):
         return *self.run_blocks(self.layers, streams, masks, deterministic), {}
 
 
-SYSTEM = System(Dilbert, distilled=True, guided_masking=True)
+SYSTEM = System(Dilbert, distilled=True, guided_masking=0.5)

@@ -131,8 +131,9 @@ class System:
       own_losses: the losses of its own pre-training tasks, each already with its weight relative to MLM's: (what
         `Network.own_tasks` says, batch) -> name -> scalar. None = the common tasks alone.
       distilled: there are a teacher and a stage of mutual learning.
-      guided_masking: the knowledge graph chooses the masked words (D8), which is DILBERT's own idea. Applied by
-        `dilbert_jax.reproduce` and configs/systems.py; elsewhere the configuration's `data.guided_masking` decides.
+      guided_masking: share of the examples whose masked words the knowledge graph chooses (D8), which is DILBERT's own
+        idea. Applied by `dilbert_jax.reproduce` and configs/systems.py; elsewhere the configuration's
+        `data.guided_masking` decides.
       prepare: what is learned from the training clips before the first step: (network, fresh parameters, batches, seed)
         -> parameters.
       ordered_steps: its own losses hold temporal steps against what the 3-D CNN says of them (`Encoded.features`);
@@ -142,7 +143,7 @@ class System:
     network: type[Network]
     own_losses: Callable[[Mapping[str, Array], Mapping[str, Array]], dict[str, Array]] | None = None
     distilled: bool = False
-    guided_masking: bool = False
+    guided_masking: float = 0.0
     prepare: Callable[[Network, Any, Iterable[Mapping[str, Any]], int], Any] | None = None
     ordered_steps: bool = False
 

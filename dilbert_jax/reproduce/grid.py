@@ -207,7 +207,7 @@ def cell_config(cell: Cell, budget: str) -> ml_collections.ConfigDict:
         "model.name": cell.system,
         "model.num_layers": layers,
         "model.num_heads": heads,
-        "data.guided_masking": float(system.guided_masking),
+        "data.guided_masking": system.guided_masking,
         "train.single_network": not system.distilled,
         "train.teacher_epochs": teacher,
         "train.student_epochs": student if system.distilled else student + mutual,
