@@ -260,7 +260,7 @@ def test_what_holds_by_construction_cannot_be_tested(finished):
             network["pretraining"]["moc"]["num_classes"] = 1
     judged = claims.judge_claims(tables.Results(records), ["phantom"], list(SYSTEMS))
     found = {c["claim"]: (c["verdict"], c["test"]) for c in judged}
-    verdict, why = found["phantom: MLM, as it was trained, is the task with the highest R@10 of the student"]
+    verdict, why = found["phantom: MLM is the task with the highest R@10 of the student"]
     assert verdict == claims.UNTESTABLE and why == "ten classes or fewer in MDC and MOC: R@10 is 1"
     assert found["phantom: DILBERT's student is best on MOC R@1"] == (claims.UNTESTABLE, "there is one class")
     assert (
