@@ -18,7 +18,7 @@ import dilbert_jax
 from dilbert_jax.clips import find_sector, place_on_canvas, select_evenly
 from dilbert_jax.examples import Example, lay_grid, pad_frames
 from dilbert_jax.experiment import ModelContext
-from dilbert_jax.knowledge import describe
+from dilbert_jax.knowledge import KnowledgeGraph, describe
 from dilbert_jax.labels import LabelSpace
 from dilbert_jax.media import Clip
 from dilbert_jax.models import Network
@@ -27,7 +27,9 @@ from dilbert_jax.training.objectives import VISUAL, annotation_forward
 SCHEMA = "dilbert-jax/annotation/1"
 NOTICE = "Research use only. Not for clinical use."
 MAX_ABSENT = 3
-SIDES = ("left", "right")
+# Words of reports that say nothing of a clip by themselves: it does not show which side of the body it is, and
+# "internal" belongs to another word ("internal echoes").
+UNSAID = ("left", "right", "bilateral", "internal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,17 +341,15 @@ def write_description(context: ModelContext, annotation: Mapping[str, Any]) -> d
     supported = {e["id"]: e["supported"] for e in annotation["entities"]}
 
     def allowed(concept: str) -> bool:
-        return not organ or graph.allows(organ, concept)
+        return concept not in UNSAID and (not organ or graph.allows(organ, concept))
 
     # A finding must hold in both heads; one that is no match candidate stands on its own probability. Of two that
-    # contradict each other the better supported one stays. A clip does not show which side of the body it is.
+    # contradict each other the better supported one stays.
     scores = {f["id"]: f["probability"] for f in annotation["findings"]}
     scores |= {e["id"]: e["score"] for e in annotation["entities"]}
     claims = [f["id"] for f in annotation["findings"] if f["present"] and supported.get(f["id"], True)]
     claims += [
-        e["id"]
-        for e in annotation["entities"]
-        if e["supported"] and e["type"] in ("region", "descriptor") and e["id"] not in SIDES
+        e["id"] for e in annotation["entities"] if e["supported"] and e["type"] in ("region", "descriptor")
     ]
     kept: list[str] = []
     for concept in sorted(dict.fromkeys(claims), key=lambda c: -scores[c]):
@@ -358,21 +358,47 @@ def write_description(context: ModelContext, annotation: Mapping[str, Any]) -> d
     labelled = {f["id"] for f in annotation["findings"]}
     findings = [c for c in kept if c in labelled]
     present = [c for c in kept if c not in labelled]
-    absent = [
-        f["id"]
-        for f in sorted(annotation["findings"], key=lambda f: f["probability"])
-        if not f["present"]
-        and allowed(f["id"])
-        and f["id"] not in kept
-        and not supported.get(f["id"], False)
-        and graph.concepts[f["id"]].type == "finding"
-    ][:MAX_ABSENT]
+    absent = _denied(annotation, kept, supported, graph)
     return {
         language: describe(
             organ, condition, findings, language=language, graph=graph, present=present, absent=absent
         )
         for language in ("en", "zh")
     }
+
+
+def _denied(
+    annotation: Mapping[str, Any], kept: Sequence[str], supported: Mapping[str, bool], graph: KnowledgeGraph
+) -> list[str]:
+    """Ids of the findings that the text denies, ``MAX_ABSENT`` at most, the least probable first.
+
+    They are those that would speak for a condition of the organ: of all that it can show the least probable is what
+    nobody would look for. A sign of health is not denied, nor are both of two findings that contradict each other.
+    """
+    organ = annotation["organ"]["id"] if annotation["organ"] else ""
+    conditions = [c for c in graph.conditions_of(organ) if c != "normal"] if organ else []
+
+    def speaks(finding: str) -> bool:
+        return any(
+            "suggestive_of" in graph.relation_types(finding, condition)
+            or graph.relation_types(condition, finding) & {"causes", "shows"}
+            for condition in conditions
+        ) and graph.allows(organ, finding)
+
+    denied: list[str] = []
+    for finding in sorted(annotation["findings"], key=lambda f: f["probability"]):
+        concept = finding["id"]
+        if (
+            not finding["present"]
+            and concept not in kept
+            and not supported.get(concept, False)
+            and graph.concepts[concept].type == "finding"
+            and "suggestive_of" not in graph.relation_types(concept, "normal")
+            and not any("contradicts" in graph.relation_types(concept, d) for d in denied)
+            and speaks(concept)
+        ):
+            denied.append(concept)
+    return denied[:MAX_ABSENT]
 
 
 def describe_source(clip: Clip, sha256: str) -> dict[str, Any]:

@@ -281,6 +281,52 @@ def test_the_text_says_what_both_heads_support_and_what_the_graph_allows(experim
     assert write_description(context, annotation) == before
 
 
+def breast_annotation(findings, supported=()):
+    """An annotation's head: name -> probability of findings (0.5 and more hold), entities matched in the clip."""
+    context_free = {"threshold": 0.5, "name": {}}
+    return {
+        "organ": {"id": "breast"},
+        "condition": {"id": "benign_lesion"},
+        "findings": [
+            {"id": f, "probability": p, "present": p >= 0.5, **context_free} for f, p in findings.items()
+        ],
+        "entities": [
+            {"id": e, "type": kind, "score": 0.9, "supported": True, "name": {}} for e, kind in supported
+        ],
+    }
+
+
+def test_the_text_denies_what_would_speak_for_another_condition(experiment):
+    # Never seen in a breast, hence the least probable; posterior shadowing would suggest a malignant lesion.
+    findings = {
+        "mass": 0.9,
+        "sliding": 0.01,
+        "reduced_sliding": 0.01,
+        "pulsation": 0.02,
+        "posterior_shadowing": 0.3,
+        "skin_thickening": 0.2,
+    }
+    text = write_description(experiment.context, breast_annotation(findings))
+    assert text["en"] == (
+        "Breast: a mass is seen. No skin thickening or posterior shadowing is seen. "
+        "Appearance suggests a benign lesion."
+    )
+    # Two that exclude each other are not both denied: the sign of health is not what one looks for.
+    lung = breast_annotation({"sliding": 0.1, "reduced_sliding": 0.2}) | {"organ": {"id": "lung"}}
+    text = write_description(experiment.context, lung)
+    assert text["en"] == "Lung: no reduced sliding is seen. Appearance suggests a benign lesion."
+    # The graph knows of no finding that speaks for a condition of the heart.
+    heart = breast_annotation({"pulsation": 0.1}) | {"organ": {"id": "heart"}}
+    assert "No " not in write_description(experiment.context, heart)["en"]
+
+
+@pytest.mark.parametrize("word", ["left", "right", "bilateral", "internal"])
+def test_words_that_say_nothing_of_a_clip_are_not_written(experiment, word):
+    text = write_description(experiment.context, breast_annotation({"mass": 0.9}, [(word, "descriptor")]))
+    assert text["en"] == "Breast: a mass is seen. Appearance suggests a benign lesion."
+    assert text["zh"] == "乳腺：可见一肿块。考虑良性病变。"
+
+
 def test_the_source_is_named_without_its_folder():
     clip = Clip(
         frames=FRAMES[:3], fps=20.0, pixel_spacing_mm=(0.1, 0.2), decoder="d", source="/home/Doe John/a.dcm",

@@ -52,6 +52,14 @@ def test_lung_descriptor_goes_to_its_finding(graph):
     )
 
 
+@pytest.mark.parametrize(
+    "place, words", [("upper", "the upper quadrant"), ("outer", "the outer part"), ("nipple", "the nipple")]
+)
+def test_a_place_without_a_finding_reads_as_a_place(graph, place, words):
+    text = describe("breast", "", [], present=[place], language="en", graph=graph)
+    assert text == f"Breast: the view includes {words}."
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("head", [*HEADS, None])
 def test_every_present_concept_comes_back(graph, language, head):

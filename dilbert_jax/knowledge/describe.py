@@ -162,7 +162,7 @@ def present_sentences(
     said = {c for place in (*groups, *(lesion.place for lesion in lesions)) for c in place}
     areas = [c for c in (*sides, *areas) if c not in said]
     if areas:
-        sentences.append(_shown(areas, language, graph))
+        sentences.append(_shown(areas, organ, language, graph))
     return sentences
 
 
@@ -178,11 +178,11 @@ def _seen(
     )
 
 
-def _shown(areas: Sequence[str], language: str, graph: KnowledgeGraph) -> str:
+def _shown(areas: Sequence[str], organ: str, language: str, graph: KnowledgeGraph) -> str:
     """Places that nothing is said about."""
     if language == "zh":
         return f"切面包括{join_chinese([graph.name(c, 'zh') for c in areas])}。"
-    return f"The view includes the {join_english([graph.name(c, 'en') for c in areas])}."
+    return f"The view includes {place_english(areas, organ, graph).removeprefix('in ')}."
 
 
 def _absent_sentences(absent: Sequence[str], language: str, graph: KnowledgeGraph) -> list[str]:
