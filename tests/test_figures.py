@@ -137,6 +137,30 @@ def test_frame_graph_lines_are_as_wide_as_the_score(annotation, frames):
     assert ink(0.9)[0] > 2 * ink(0.3)[0] > ink(0.0)[0]
 
 
+@pytest.mark.parametrize(
+    "draw, drawn",
+    [
+        (match_figures.entity_frame_graph, "frame_scores"),
+        (match_figures.entity_region_figure, "region_scores"),
+    ],
+)
+def test_entities_are_drawn_that_match_what_is_drawn(annotation, frames, monkeypatch, draw, drawn):
+    boxes = []
+
+    def node(axis, centre, entity, scores, *rest):
+        boxes.append((entity["id"], match_figures.best_score(entity, scores)))
+
+    monkeypatch.setattr(match_figures, "_node", node)
+    other = {"frame_scores": "region_scores", "region_scores": "frame_scores"}[drawn]
+    first, second, *rest = annotation["entities"]
+    for entity in annotation["entities"]:
+        entity[other] = [0.9] * len(entity[other])
+        entity[drawn] = [0.0] * len(entity[drawn])
+    first[drawn][-1], second[drawn][0] = 0.4, 0.7
+    draw(annotation, frames)
+    assert rest and boxes == [(second["id"], 0.7), (first["id"], 0.4)]
+
+
 def test_region_figure_takes_the_best_matched_frame(annotation, frames):
     for entity in annotation["entities"]:
         entity["region_scores"] = [0.1] * len(annotation["regions"])

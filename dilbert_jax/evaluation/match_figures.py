@@ -35,7 +35,7 @@ def entity_frame_graph(
     Args:
       annotation: as docs/annotation_schema.md; its `frame_index` counts in `frames`.
       frames: uint8 [T, H, W], the annotated clip.
-      entities: concept ids to draw; by default the best-scored ones.
+      entities: concept ids to draw; by default those that match a frame best.
       max_entities: how many by default.
       max_frames: how many of the frames with a score are drawn, evenly spaced.
       language: of the names, "en" or "zh" (English where no installed font has the characters).
@@ -46,7 +46,7 @@ def entity_frame_graph(
     Raises:
       ValueError: an unknown entity, or a frame number outside the clip.
     """
-    chosen = select_entities(annotation, entities, max_entities)
+    chosen = select_entities(annotation, entities, max_entities, "frame_scores")
     numbers = list(annotation["frame_index"])
     check_frames(numbers, frames)
     kept = np.unique(np.linspace(0, len(numbers) - 1, min(max_frames, len(numbers))).round().astype(int))
@@ -72,7 +72,8 @@ def entity_frame_graph(
             for centre, position in zip(centres, kept, strict=True):
                 score = entity["frame_scores"][position]
                 _link(axis, (node, 0.52), (centre, bottom), score, colour, vertical=True)
-            _node(axis, (node, 0.3), entity, colour, language, min(2.1, width / len(chosen) - 0.15))
+            box_width = min(2.1, width / len(chosen) - 0.15)
+            _node(axis, (node, 0.3), entity, "frame_scores", colour, language, box_width)
         _legend(axis, (width, 0.0))
         return encode_figure(figure)
 
@@ -93,7 +94,7 @@ def entity_region_figure(
       annotation: as docs/annotation_schema.md.
       frames: uint8 [T, H, W], the annotated clip.
       frame: frame number; by default the one whose regions match the entities best.
-      entities: concept ids to draw; by default the best-scored ones.
+      entities: concept ids to draw; by default those that match a region best.
       max_entities: how many by default.
       max_regions: the best-matched regions of the frame that are drawn.
       language: of the names, "en" or "zh" (English where no installed font has the characters).
@@ -104,7 +105,7 @@ def entity_region_figure(
     Raises:
       ValueError: an unknown entity, a frame without regions or outside the clip.
     """
-    chosen = select_entities(annotation, entities, max_entities)
+    chosen = select_entities(annotation, entities, max_entities, "region_scores")
     regions = annotation["regions"]
     check_frames([r["frame"] for r in regions], frames)
     scores = np.asarray([e["region_scores"] for e in chosen], float).reshape(len(chosen), len(regions))
@@ -155,15 +156,19 @@ def entity_region_figure(
         for y, row, entity, colour in zip(ys, scores, chosen, ENTITY_COLOURS * len(chosen), strict=False):
             for index in shown:
                 _link(axis, crops[index], (node_x - node_width / 2, y), row[index], colour)
-            _node(axis, (node_x, y), entity, colour, language, node_width)
+            _node(axis, (node_x, y), entity, "region_scores", colour, language, node_width)
         _legend(axis, (width, 0.0))
         return encode_figure(figure)
 
 
 def select_entities(
-    annotation: Mapping[str, Any], entities: Sequence[str] | None, max_entities: int
+    annotation: Mapping[str, Any], entities: Sequence[str] | None, max_entities: int, scores: str
 ) -> list[Mapping[str, Any]]:
-    """Entities by id, or the best-scored ones; raises `ValueError` naming an id that the annotation lacks."""
+    """Entities by id, or those whose `scores` ("frame_scores", "region_scores") reach highest.
+
+    Raises:
+      ValueError: an id that the annotation lacks, or no entity at all.
+    """
     by_id = {e["id"]: e for e in annotation["entities"]}
     if entities is not None:
         missing = [e for e in entities if e not in by_id]
@@ -171,10 +176,17 @@ def select_entities(
             raise ValueError(f"the annotation has no entity {missing[0]!r}; it has {', '.join(by_id)}")
         chosen = [by_id[e] for e in entities]
     else:
-        chosen = sorted(by_id.values(), key=lambda e: -e["score"])[:max_entities]
+        # What matches frames alone would stand without a line beside the regions, and the other way round.
+        ranked = sorted(by_id.values(), key=lambda e: -best_score(e, scores))[:max_entities]
+        chosen = [e for e in ranked if best_score(e, scores) >= MIN_SCORE] or ranked
     if not chosen:
         raise ValueError("the annotation lists no entity, so there is no match to draw")
     return chosen
+
+
+def best_score(entity: Mapping[str, Any], scores: str) -> float:
+    """The highest of an entity's `scores`; 0 without one."""
+    return float(max(entity[scores], default=0.0))
 
 
 def check_frames(numbers: Sequence[int], frames: np.ndarray) -> None:
@@ -251,6 +263,7 @@ def _node(
     axis: Axes,
     centre: tuple[float, float],
     entity: Mapping[str, Any],
+    scores: str,
     colour: str,
     language: str,
     width: float,
@@ -265,7 +278,7 @@ def _node(
     name = display_name(entity["id"], entity.get("name"), language)
     size = 8.5 if len(name) < 13 * width else 7.0
     axis.text(centre[0], centre[1] + 0.07, name, ha="center", va="center", fontsize=size, zorder=6, color=INK)
-    note = f"{entity['type']} · {entity['score']:.2f}"
+    note = f"{entity['type']} · {best_score(entity, scores):.2f}"
     axis.text(
         centre[0], centre[1] - 0.11, note, ha="center", va="center", fontsize=6.5, color=MUTED, zorder=6
     )
