@@ -12,6 +12,8 @@ import pytest
 from dilbert_jax import losses, relational
 from dilbert_jax.training import objectives
 
+pytestmark = pytest.mark.numerics
+
 REFERENCE = os.environ.get("DILBERT_REFERENCE_DIR")
 needs_reference = pytest.mark.skipif(REFERENCE is None, reason="DILBERT_REFERENCE_DIR is not set")
 TOLERANCE = {"f64": 1e-9, "f32": 1e-5}

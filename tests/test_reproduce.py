@@ -149,6 +149,7 @@ def test_a_wrong_option_is_one_line(arguments, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.numerics
 def test_the_plan_is_printed_with_its_time_before_anything_runs(finished, capsys):
     missing = cells.workdir_of(planned()[0], finished) / "cell.json"
     missing.unlink()
@@ -176,6 +177,7 @@ def test_every_cell_has_a_configuration_that_works(dataset, budget):
         assert not config.data.folds or config.data.fold == 7 % config.data.folds
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("system", [name for name in SYSTEMS if name != "dilbert"])
 def test_matched_systems_have_as_many_parameters_as_dilbert(system):
     dilbert = grid.cell_config(Cell("phantom", "dilbert", grid.MAIN_SHAPE, 0), "smoke")
