@@ -147,8 +147,8 @@ def test_frame_graph_lines_are_as_wide_as_the_score(annotation, frames):
 def test_entities_are_drawn_that_match_what_is_drawn(annotation, frames, monkeypatch, draw, drawn):
     boxes = []
 
-    def node(axis, centre, entity, scores, *rest):
-        boxes.append((entity["id"], match_figures.best_score(entity, scores)))
+    def node(axis, centre, entity, score, *rest):
+        boxes.append((entity["id"], score))
 
     monkeypatch.setattr(match_figures, "_node", node)
     other = {"frame_scores": "region_scores", "region_scores": "frame_scores"}[drawn]
@@ -156,9 +156,39 @@ def test_entities_are_drawn_that_match_what_is_drawn(annotation, frames, monkeyp
     for entity in annotation["entities"]:
         entity[other] = [0.9] * len(entity[other])
         entity[drawn] = [0.0] * len(entity[drawn])
-    first[drawn][-1], second[drawn][0] = 0.4, 0.7
+    first[drawn][0], second[drawn][0] = 0.4, 0.7
     draw(annotation, frames)
     assert rest and boxes == [(second["id"], 0.7), (first["id"], 0.4)]
+
+
+def test_entities_are_ranked_and_labelled_by_the_drawn_frame_alone(annotation, frames, monkeypatch):
+    boxes = []
+    monkeypatch.setattr(
+        match_figures, "_node", lambda axis, centre, entity, score, *rest: boxes.append((entity["id"], score))
+    )
+    in_frame = [r["frame"] == annotation["regions"][0]["frame"] for r in annotation["regions"]]
+    assert in_frame[0] and not in_frame[-1]
+    for entity in annotation["entities"]:
+        entity["region_scores"] = [0.0] * len(annotation["regions"])
+    first, second, third, *_ = annotation["entities"]
+    first["region_scores"][0], first["region_scores"][-1] = 0.3, 0.8  # higher in a frame that is not drawn
+    second["region_scores"][0] = 0.9
+    third["region_scores"][-1] = 0.7  # in that frame alone
+    match_figures.entity_region_figure(annotation, frames)
+    assert boxes == [(second["id"], 0.9), (first["id"], 0.3)]
+
+
+def test_entities_are_ranked_and_labelled_by_the_drawn_frames_alone(annotation, frames, monkeypatch):
+    boxes = []
+    monkeypatch.setattr(
+        match_figures, "_node", lambda axis, centre, entity, score, *rest: boxes.append((entity["id"], score))
+    )
+    for entity in annotation["entities"]:
+        entity["frame_scores"] = [0.0] * len(annotation["frame_index"])
+    first, second, *_ = annotation["entities"]
+    first["frame_scores"][0], second["frame_scores"][1] = 0.3, 0.8  # two frames are drawn: first and last
+    match_figures.entity_frame_graph(annotation, frames, max_frames=2)
+    assert boxes == [(first["id"], 0.3)]
 
 
 def test_region_figure_takes_the_best_matched_frame(annotation, frames):

@@ -35,7 +35,7 @@ def entity_frame_graph(
     Args:
       annotation: as docs/annotation_schema.md; its `frame_index` counts in `frames`.
       frames: uint8 [T, H, W], the annotated clip.
-      entities: concept ids to draw; by default those that match a frame best.
+      entities: concept ids to draw; by default those that match a drawn frame best.
       max_entities: how many by default.
       max_frames: how many of the frames with a score are drawn, evenly spaced.
       language: of the names, "en" or "zh" (English where no installed font has the characters).
@@ -46,10 +46,12 @@ def entity_frame_graph(
     Raises:
       ValueError: an unknown entity, or a frame number outside the clip.
     """
-    chosen = select_entities(annotation, entities, max_entities, "frame_scores")
     numbers = list(annotation["frame_index"])
     check_frames(numbers, frames)
     kept = np.unique(np.linspace(0, len(numbers) - 1, min(max_frames, len(numbers))).round().astype(int))
+    candidates = select_entities(annotation, entities)
+    best = {e["id"]: max((e["frame_scores"][i] for i in kept), default=0.0) for e in candidates}
+    chosen = candidates if entities is not None else best_matched(candidates, best, max_entities)
     width, height = 9.0, 3.5
     with mpl.rc_context(figure_style()):
         figure, axis = _canvas(width, height)
@@ -73,7 +75,7 @@ def entity_frame_graph(
                 score = entity["frame_scores"][position]
                 _link(axis, (node, 0.52), (centre, bottom), score, colour, vertical=True)
             box_width = min(2.1, width / len(chosen) - 0.15)
-            _node(axis, (node, 0.3), entity, "frame_scores", colour, language, box_width)
+            _node(axis, (node, 0.3), entity, best[entity["id"]], colour, language, box_width)
         _legend(axis, (width, 0.0))
         return encode_figure(figure)
 
@@ -94,7 +96,7 @@ def entity_region_figure(
       annotation: as docs/annotation_schema.md.
       frames: uint8 [T, H, W], the annotated clip.
       frame: frame number; by default the one whose regions match the entities best.
-      entities: concept ids to draw; by default those that match a region best.
+      entities: concept ids to draw; by default those that match a drawn region best.
       max_entities: how many by default.
       max_regions: the best-matched regions of the frame that are drawn.
       language: of the names, "en" or "zh" (English where no installed font has the characters).
@@ -105,10 +107,11 @@ def entity_region_figure(
     Raises:
       ValueError: an unknown entity, a frame without regions or outside the clip.
     """
-    chosen = select_entities(annotation, entities, max_entities, "region_scores")
+    candidates = select_entities(annotation, entities)
     regions = annotation["regions"]
     check_frames([r["frame"] for r in regions], frames)
-    scores = np.asarray([e["region_scores"] for e in chosen], float).reshape(len(chosen), len(regions))
+    scores = np.asarray([e["region_scores"] for e in candidates], float)
+    scores = scores.reshape(len(candidates), len(regions))
     if frame is None and regions:
         frame = regions[int(scores.max(0).argmax())]["frame"]
     shown = [i for i, r in enumerate(regions) if r["frame"] == frame]
@@ -117,6 +120,10 @@ def entity_region_figure(
             f"frame {frame} has no region; choose one of {sorted({r['frame'] for r in regions})}"
         )
     shown = sorted(sorted(shown, key=lambda i: -scores[:, i].max())[:max_regions])
+    # After the frame: an entity that matches another frame's regions alone would stand here without a line.
+    best = {e["id"]: float(row[shown].max()) for e, row in zip(candidates, scores, strict=True)}
+    chosen = candidates if entities is not None else best_matched(candidates, best, max_entities)
+    scores = scores[[candidates.index(e) for e in chosen]]
     width, height = 9.2, 3.6
     top = height - 0.25
     image_height = min(top - 0.1, 4.2 * frames.shape[1] / frames.shape[2])
@@ -156,37 +163,34 @@ def entity_region_figure(
         for y, row, entity, colour in zip(ys, scores, chosen, ENTITY_COLOURS * len(chosen), strict=False):
             for index in shown:
                 _link(axis, crops[index], (node_x - node_width / 2, y), row[index], colour)
-            _node(axis, (node_x, y), entity, "region_scores", colour, language, node_width)
+            _node(axis, (node_x, y), entity, best[entity["id"]], colour, language, node_width)
         _legend(axis, (width, 0.0))
         return encode_figure(figure)
 
 
-def select_entities(
-    annotation: Mapping[str, Any], entities: Sequence[str] | None, max_entities: int, scores: str
-) -> list[Mapping[str, Any]]:
-    """Entities by id, or those whose `scores` ("frame_scores", "region_scores") reach highest.
+def select_entities(annotation: Mapping[str, Any], entities: Sequence[str] | None) -> list[Mapping[str, Any]]:
+    """Entities of the annotation by id, in that order, or all of them.
 
     Raises:
       ValueError: an id that the annotation lacks, or no entity at all.
     """
     by_id = {e["id"]: e for e in annotation["entities"]}
-    if entities is not None:
-        missing = [e for e in entities if e not in by_id]
-        if missing:
-            raise ValueError(f"the annotation has no entity {missing[0]!r}; it has {', '.join(by_id)}")
-        chosen = [by_id[e] for e in entities]
-    else:
-        # What matches frames alone would stand without a line beside the regions, and the other way round.
-        ranked = sorted(by_id.values(), key=lambda e: -best_score(e, scores))[:max_entities]
-        chosen = [e for e in ranked if best_score(e, scores) >= MIN_SCORE] or ranked
+    missing = [e for e in entities or () if e not in by_id]
+    if missing:
+        raise ValueError(f"the annotation has no entity {missing[0]!r}; it has {', '.join(by_id)}")
+    chosen = [by_id[e] for e in (by_id if entities is None else entities)]
     if not chosen:
         raise ValueError("the annotation lists no entity, so there is no match to draw")
     return chosen
 
 
-def best_score(entity: Mapping[str, Any], scores: str) -> float:
-    """The highest of an entity's `scores`; 0 without one."""
-    return float(max(entity[scores], default=0.0))
+def best_matched(
+    entities: Sequence[Mapping[str, Any]], best: Mapping[str, float], max_entities: int
+) -> list[Mapping[str, Any]]:
+    """The entities with the highest `best` (by id), best first, without those too weak for a line where any
+    has one."""
+    ranked = sorted(entities, key=lambda e: -best[e["id"]])[:max_entities]
+    return [e for e in ranked if best[e["id"]] >= MIN_SCORE] or ranked
 
 
 def check_frames(numbers: Sequence[int], frames: np.ndarray) -> None:
@@ -263,7 +267,7 @@ def _node(
     axis: Axes,
     centre: tuple[float, float],
     entity: Mapping[str, Any],
-    scores: str,
+    score: float,
     colour: str,
     language: str,
     width: float,
@@ -278,7 +282,7 @@ def _node(
     name = display_name(entity["id"], entity.get("name"), language)
     size = 8.5 if len(name) < 13 * width else 7.0
     axis.text(centre[0], centre[1] + 0.07, name, ha="center", va="center", fontsize=size, zorder=6, color=INK)
-    note = f"{entity['type']} · {best_score(entity, scores):.2f}"
+    note = f"{entity['type']} · {score:.2f}"
     axis.text(
         centre[0], centre[1] - 0.11, note, ha="center", va="center", fontsize=6.5, color=MUTED, zorder=6
     )
