@@ -93,12 +93,13 @@ def random_streams(rng):
 
 
 SMALL = CoAttentionBlock((12, 8), inner_size=16, num_heads=4, ffn_sizes=(20, 24), dropout=0.5)
+apply_small = jax.jit(SMALL.apply, static_argnames="deterministic")
 
 
 def test_shapes_follow_each_streams_own_widths(rng):
     hidden, masks = random_streams(rng)
     params = jax.jit(SMALL.init)(jax.random.key(0), hidden, masks)["params"]
-    out, weights = SMALL.apply({"params": params}, hidden, masks)
+    out, weights = apply_small({"params": params}, hidden, masks)
     assert {s: x.shape for s, x in out.items()} == {"region": (2, 5, 12), "entity": (2, 6, 8)}
     assert {s: x.shape for s, x in weights.items()} == {"region": (2, 4, 6, 5), "entity": (2, 4, 5, 6)}
     assert params["region_ffn"]["attention_output"]["kernel"].shape == (16, 12)
@@ -108,14 +109,14 @@ def test_shapes_follow_each_streams_own_widths(rng):
 def test_masked_positions_change_nothing_and_dropout_does(rng):
     hidden, masks = random_streams(rng)
     params = jax.jit(SMALL.init)(jax.random.key(0), hidden, masks)["params"]
-    out, weights = SMALL.apply({"params": params}, hidden, masks)
+    out, weights = apply_small({"params": params}, hidden, masks)
     altered = {s: jnp.where(masks[s][..., None], x, 9.0) for s, x in hidden.items()}
-    again, _ = SMALL.apply({"params": params}, altered, masks)
+    again, _ = apply_small({"params": params}, altered, masks)
     for stream, mask in masks.items():
         np.testing.assert_array_equal(out[stream][mask], again[stream][mask])
         assert not np.any(np.asarray(weights[stream])[0, :, :, ~mask[0]])
     rngs = {"dropout": jax.random.key(1)}
-    dropped, _ = SMALL.apply({"params": params}, hidden, masks, deterministic=False, rngs=rngs)
+    dropped, _ = apply_small({"params": params}, hidden, masks, deterministic=False, rngs=rngs)
     assert not np.allclose(dropped["region"], out["region"])
 
 

@@ -50,9 +50,14 @@ def test_conv3d_equals_pytorch(vectors, name, size):
     with jax.enable_x64(True):
         x = jnp.asarray(np.moveaxis(recorded["x"], 1, -1))  # NCDHW -> NDHWC
         kernel = jnp.asarray(recorded["w"].transpose(2, 3, 4, 1, 0))
-        y, pull_back = jax.vjp(lambda a, k: conv3d(a, k, CONVOLUTIONS[name]) + recorded["b"], x, kernel)
+
+        @jax.jit
+        def with_gradients(x, kernel):
+            y, pull_back = jax.vjp(lambda a, k: conv3d(a, k, CONVOLUTIONS[name]) + recorded["b"], x, kernel)
+            return y, *pull_back(2.0 * y)  # of the sum of squares
+
+        y, grad_x, grad_kernel = with_gradients(x, kernel)
         np.testing.assert_allclose(np.moveaxis(y, -1, 1), recorded["f64/y"], rtol=1e-9, atol=1e-11)
-        grad_x, grad_kernel = pull_back(2.0 * y)  # of the sum of squares
         for ours, key, axes in (
             (grad_x, "grad_x", (0, 4, 1, 2, 3)),
             (grad_kernel, "grad_w", (4, 3, 0, 1, 2)),
@@ -87,11 +92,16 @@ def test_sgd_follows_pytorch(vectors, name, momentum, decay):
 
         optimizer = make_optimizer(config, 40).replace(schedule=lambda step: rates[step])
         state = optimizer.init(params)
-        for step in range(40):
+
+        @jax.jit
+        def update(params, state):
             value, gradient = jax.value_and_grad(loss)(params)
-            np.testing.assert_allclose(value, file[f"f64/{name}/loss"][step], rtol=1e-9)
             updates, state = optimizer.update(gradient, state, params)
-            params = optax.apply_updates(params, updates)
+            return value, optax.apply_updates(params, updates), state
+
+        for step in range(40):
+            value, params, state = update(params, state)
+            np.testing.assert_allclose(value, file[f"f64/{name}/loss"][step], rtol=1e-9)
             for key, ours in params.items():
                 expected = file[f"f64/{name}/{key}"][step]
                 np.testing.assert_allclose(ours, expected, rtol=1e-8, atol=1e-12)
@@ -173,7 +183,7 @@ def test_bert_layers_equal_hugging_face(vectors):
     head = {f"{n}.{part}": jnp.asarray(file[f"w/{n}.{part}"]) for n in outside for part in ("weight", "bias")}
     head["cls.predictions.bias"] = jnp.asarray(file["w/cls.predictions.bias"])
 
-    hidden, attention, logits = model.apply({"params": params}, ids, types, mask)
+    hidden, attention, logits = jax.jit(model.apply)({"params": params}, ids, types, mask)
     for i, state in enumerate(hidden):
         np.testing.assert_allclose(state, file[f"out/hidden_{i}"], atol=1e-5)
     for i, weights in enumerate(attention):
@@ -199,7 +209,7 @@ def test_bert_layers_equal_hugging_face(vectors):
             + optax.softmax_cross_entropy_with_integer_labels(pair, following).mean()
         )
 
-    value, gradient = jax.value_and_grad(loss)(params)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
     np.testing.assert_allclose(value, file["out/loss"], rtol=1e-5)
     expected = bert_params(file, cfg["num_hidden_layers"], prefix="grad")
     for (path, ours), theirs in zip(
@@ -253,7 +263,7 @@ def test_add_resized_equals_the_public_actbert(vectors):
     block = TangledBlock(
         cfg["hidden_size"], cfg["bi_num_attention_heads"], cfg["intermediate_size"], mode="add_resized"
     )
-    out, _ = block.apply({"params": actbert_params(file)}, hidden, masks)
+    out, _ = jax.jit(block.apply)({"params": actbert_params(file)}, hidden, masks)
     for stream, letter in letters.items():
         np.testing.assert_allclose(out[stream], file[f"equal768/out_{letter}"], atol=2e-5, err_msg=stream)
 
@@ -323,10 +333,10 @@ def test_stack_equals_a_float64_rewrite():
     masks = {s: np.arange(n) < rng.integers(2, n + 1, (3, 1)) for s, n in sizes.items()}
     with jax.enable_x64(True):
         block = TangledBlock(24, 4, 40, dtype=jnp.float64)
-        params = block.init(jax.random.key(0), hidden, masks)["params"]
+        params = jax.jit(block.init)(jax.random.key(0), hidden, masks)["params"]
         # Biases and scales that are not the initial zeros and ones, so that every one of them counts.
         params = jax.tree.map(lambda p: p + jnp.asarray(0.1 * rng.normal(size=p.shape)), params)
-        out, _ = block.apply({"params": params}, hidden, masks)
+        out, _ = jax.jit(block.apply)({"params": params}, hidden, masks)
         params = jax.tree.map(np.asarray, params)
     expected = tnt_stack_in_numpy(params, hidden, masks, 4)
     for stream in STREAMS:
@@ -339,7 +349,8 @@ def test_the_modes_differ_and_an_unknown_one_is_refused():
     masks = {s: jnp.ones((1, 3), bool) for s in STREAMS}
     counts = {}
     for mode in ("stack", "add_resized"):
-        params = TangledBlock(8, 2, 16, mode=mode).init(jax.random.key(0), hidden, masks)["params"]
+        block = TangledBlock(8, 2, 16, mode=mode)
+        params = jax.eval_shape(block.init, jax.random.key(0), hidden, masks)["params"]
         counts[mode] = {name for name in params if name.startswith("cross")}
     assert counts["stack"] - counts["add_resized"] == {"cross_entity_query", "cross_region_query"}
     with pytest.raises(ValueError, match=r"TNT mode is 'concat'; choose one of stack, add_resized"):

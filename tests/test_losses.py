@@ -1,5 +1,6 @@
 """Losses against independent float64 NumPy and against recorded PyTorch values."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -35,6 +36,10 @@ def vectors():
 def logits():
     rng = np.random.default_rng(3)
     return rng.normal(size=(5, 7)) * 3, rng.normal(size=(5, 7)) * 3
+
+
+# In one program: operation by operation, every shape would compile dozens.
+graded_response = jax.jit(jax.value_and_grad(losses.response_loss), static_argnames="temperature")
 
 
 def test_masked_mean_averages_the_valid_values():
@@ -153,14 +158,15 @@ def test_recorded_cross_entropy_and_divergence(vectors, precision, case):
     exact = {key.split("/", 2)[2]: vectors[key] for key in vectors.files if key.startswith(f"f64/{case}/")}
     with jax.enable_x64(precision == "f64"):
         student, peer = jnp.asarray(read["z_student"]), jnp.asarray(read["z_peer"])
-        value, gradient = jax.value_and_grad(lambda z: losses.cross_entropy(z, read["y"]).mean())(student)
+        mean = jax.jit(jax.value_and_grad(lambda z: losses.cross_entropy(z, read["y"]).mean()))
+        value, gradient = mean(student)
         assert_close(value, exact["ce_mean"], TOLERANCE[precision])
         assert_close(gradient, exact["ce_grad"], TOLERANCE[precision])
         for temperature in (1, 5, 10, 20):
-            value, gradient = jax.value_and_grad(losses.response_loss)(student, peer, temperature=temperature)
+            value, gradient = graded_response(student, peer, temperature=temperature)
             assert_close(value, exact[f"kl_peer_to_student_T{temperature}_batchmean"], TOLERANCE[precision])
             assert_close(gradient, exact[f"kl_T{temperature}_grad_student"], TOLERANCE[precision])
-            reverse = losses.response_loss(peer, student, temperature=temperature)
+            reverse, _ = graded_response(peer, student, temperature=temperature)
             assert_close(reverse, exact[f"WRONGDIR_kl_T{temperature}_batchmean"], TOLERANCE[precision])
 
 
@@ -170,9 +176,30 @@ def test_recorded_extreme_logits(vectors, precision):
     with jax.enable_x64(precision == "f64"):
         student = jnp.asarray(vectors[f"{precision}/extreme/z_student"])
         peer = jnp.asarray(vectors[f"{precision}/extreme/z_peer"])
-        value, gradient = jax.value_and_grad(losses.response_loss)(student, peer)
+        value, gradient = graded_response(student, peer)
         assert_close(value, vectors["f64/extreme/kl"], TOLERANCE[precision])
         assert_close(gradient, vectors["f64/extreme/grad"], TOLERANCE[precision])
+
+
+@functools.partial(jax.jit, static_argnames="temperature")
+@functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
+def compose(
+    logits, vector, peer_logits, peer_vector, frozen, labels, alpha, beta, gamma, beta1, beta2, *, temperature
+):
+    """Gradients of the total by a network's logits and vector, and the total's terms."""
+    terms = {
+        "ce": losses.masked_mean(losses.cross_entropy(logits, labels)),
+        "kl": losses.response_loss(logits, peer_logits),
+        "rkd_dist": relational.distance_loss(vector, peer_vector),
+        "rkd_angle": relational.angle_loss(vector, peer_vector),
+        "sd_noT2": self_distillation(logits, frozen, temperature=temperature),
+    }
+    relation = relational.relational_loss(vector, peer_vector, beta1=beta1)
+    terms["md"] = losses.mutual_loss(relation, terms["kl"], beta2=beta2)
+    terms["total"] = losses.distillation_loss(
+        terms["ce"], terms["md"], terms["sd_noT2"], alpha=alpha, beta=beta, gamma=gamma
+    )
+    return terms["total"], terms
 
 
 @needs_reference
@@ -186,32 +213,16 @@ def test_recorded_total_of_both_networks(vectors, precision, temperature, networ
             return jnp.asarray(vectors[f"{precision}/compose/{name}"])
 
         labels = vectors[f"{precision}/compose/y"]
-        alpha, beta, gamma, beta1, beta2 = (
-            float(weight) for weight in vectors[f"{precision}/compose/weights_alpha_beta_gamma_b1_b2"]
-        )
-
-        def total(logits, vector):
-            terms = {
-                "ce": losses.masked_mean(losses.cross_entropy(logits, labels)),
-                "kl": losses.response_loss(logits, read(f"z{peer}")),
-                "rkd_dist": relational.distance_loss(vector, read(f"emb{peer}")),
-                "rkd_angle": relational.angle_loss(vector, read(f"emb{peer}")),
-                "sd_noT2": self_distillation(logits, read(f"zbar{network}"), temperature=temperature),
-            }
-            relation = relational.relational_loss(vector, read(f"emb{peer}"), beta1=beta1)
-            terms["md"] = losses.mutual_loss(relation, terms["kl"], beta2=beta2)
-            terms["total"] = losses.distillation_loss(
-                terms["ce"],
-                terms["md"],
-                terms["sd_noT2"],
-                alpha=alpha,
-                beta=beta,
-                gamma=gamma,
-            )
-            return terms["total"], terms
-
-        gradient, terms = jax.grad(total, argnums=(0, 1), has_aux=True)(
-            read(f"z{network}"), read(f"emb{network}")
+        weights = vectors[f"{precision}/compose/weights_alpha_beta_gamma_b1_b2"]
+        gradient, terms = compose(
+            read(f"z{network}"),
+            read(f"emb{network}"),
+            read(f"z{peer}"),
+            read(f"emb{peer}"),
+            read(f"zbar{network}"),
+            labels,
+            *(float(weight) for weight in weights),
+            temperature=temperature,
         )
         for name, value in terms.items():
             expected = vectors[f"f64/compose/t{temperature}/net{network}/{name}"]

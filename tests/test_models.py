@@ -33,16 +33,20 @@ def network(request):
 
 def encode(network, batch, zeroed=False):
     """Encodes a batch deterministically, all or no description tokens blanked, and runs both sets of heads."""
-
-    def run(module, batch, zeroed):
-        encoded = module.encode(*(batch[name] for name in VISUAL), description_zeroed=zeroed)
-        return encoded, module.pretrain(encoded, batch["mlm_positions"]), module.annotate(encoded, *NAMES)
-
     config, params = network
     steps = batch["frame_mask"].shape[1] // config.stem_patch[0]
     # An argument in every case: tests that differ in it alone share a program, and compiling dominates.
     zeroed = np.full((len(batch["frames"]), steps), zeroed)
-    return jax.jit(nn.apply(run, make_network(config)))({"params": params}, batch, zeroed)
+    return _forward(config)({"params": params}, batch, zeroed)
+
+
+@functools.cache  # or every call would trace it again
+def _forward(config):
+    def run(module, batch, zeroed):
+        encoded = module.encode(*(batch[name] for name in VISUAL), description_zeroed=zeroed)
+        return encoded, module.pretrain(encoded, batch["mlm_positions"]), module.annotate(encoded, *NAMES)
+
+    return jax.jit(nn.apply(run, make_network(config)))
 
 
 @pytest.mark.parametrize("strides", [(1, 1, 1), (1, 2, 2), (2, 2, 2)])
@@ -58,8 +62,8 @@ def test_conv3d_equals_the_general_convolution(strides, kernel_size):
 
     np.testing.assert_allclose(conv3d(x, kernel, strides), reference(x, kernel), atol=1e-4)
     weight = jax.random.normal(jax.random.key(2), reference(x, kernel).shape)
-    ours = jax.grad(lambda x, k: (conv3d(x, k, strides) * weight).sum(), (0, 1))(x, kernel)
-    theirs = jax.grad(lambda x, k: (reference(x, k) * weight).sum(), (0, 1))(x, kernel)
+    ours = jax.jit(jax.grad(lambda x, k: (conv3d(x, k, strides) * weight).sum(), (0, 1)))(x, kernel)
+    theirs = jax.jit(jax.grad(lambda x, k: (reference(x, k) * weight).sum(), (0, 1)))(x, kernel)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-3)
 
@@ -122,9 +126,8 @@ def test_blocks_that_make_places_alike_do_not_hide_them(network):
     encoded, _, _ = encode(network, make_batch())
     alike = {name: jnp.broadcast_to(x.mean(1, keepdims=True), x.shape) for name, x in encoded.streams.items()}
     model = make_network(config)
-    match = model.apply({"params": params}, encoded.replace(streams=alike), *NAMES, method=model.annotate)[
-        "match"
-    ]
+    annotate = jax.jit(functools.partial(model.apply, method=model.annotate))
+    match = annotate({"params": params}, encoded.replace(streams=alike), *NAMES)["match"]
     assert float(match["frame"].std(-1).min()) > 1e-3
     assert float(match["region"].std(-1).min()) > 1e-3
 
@@ -204,7 +207,9 @@ def shapes_of_params(model, batch):
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-@pytest.mark.parametrize("preset", sorted(MODEL_PRESETS))
+@pytest.mark.parametrize(
+    "preset", ["tiny", "small", *(pytest.param(p, marks=pytest.mark.slow) for p in ("medium", "base"))]
+)
 def test_every_preset_builds(preset, name):
     fields = {**MODEL_PRESETS[preset], "stem_patch": (2, 4, 4), "max_tokens": L, "dropout": 0.1, "name": name}
     config = dataclasses.replace(CONFIG, **fields)

@@ -50,6 +50,7 @@ def take(experiment, batch_size):
     return {name: jnp.asarray(value) for name, value in steps.device_entries(batch).items()}
 
 
+@pytest.mark.slow
 def test_it_builds_at_its_full_batch(experiment):
     config = experiment.context.config
     model = experiment.context.model.config

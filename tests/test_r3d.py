@@ -45,11 +45,16 @@ def test_pooling_equals_pytorch(recorded, name, size):
     pool, arguments, options = POOLINGS[name]
     with jax.enable_x64(True):
         x = channels_last(recorded[f"pool/{size}/x"])
-        y, pull_back = jax.vjp(lambda a: pool(a, *arguments, **options), x)
-        # The file does not name its loss; sum(y * arange / 100), y in PyTorch's order, explains its gradients.
-        batch, *grid, channels = y.shape
-        cotangent = jnp.arange(y.size, dtype=y.dtype).reshape(batch, channels, *grid) / 100
-        (gradient,) = pull_back(jnp.moveaxis(cotangent, 1, -1))
+
+        @jax.jit
+        def with_gradient(x):
+            y, pull_back = jax.vjp(lambda a: pool(a, *arguments, **options), x)
+            # The file does not name its loss; sum(y * arange / 100), y in PyTorch's order, explains its gradients.
+            batch, *grid, channels = y.shape
+            cotangent = jnp.arange(y.size, dtype=y.dtype).reshape(batch, channels, *grid) / 100
+            return y, *pull_back(jnp.moveaxis(cotangent, 1, -1))
+
+        y, gradient = with_gradient(x)
     expected = recorded[f"pool/{size}/{name}/y"]
     np.testing.assert_allclose(np.moveaxis(y, -1, 1), expected, rtol=1e-12, atol=1e-14)
     expected = recorded[f"pool/{size}/{name}/grad_x"]
@@ -297,7 +302,8 @@ def test_r3d_equals_a_float64_rewrite_of_torchvision(state, rng):
     frames = rng.normal(size=(1, 8, 32, 32))
     with jax.enable_x64(True):
         params = jax.tree.map(jnp.asarray, r3d_params(state))
-        ours = R3D18(jnp.float64).apply({"params": params}, jnp.asarray(frames), jnp.ones((1, 8), bool))
+        forward = jax.jit(R3D18(jnp.float64).apply)
+        ours = forward({"params": params}, jnp.asarray(frames), jnp.ones((1, 8), bool))
         three = np.asarray(kinetics_channels(jnp.asarray(frames)))
     expected = r3d_in_numpy(state, np.moveaxis(three, -1, 1))
     assert expected.shape == (1, 512, 1, 2, 2) and np.mean(expected > 0) > 0.2
@@ -308,9 +314,10 @@ def test_r3d_equals_a_float64_rewrite_of_torchvision(state, rng):
 def test_frames_appended_to_a_clip_change_no_valid_step(state, rng):
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), r3d_params(state))
     frames = rng.normal(size=(1, 21, 32, 32)).astype(np.float32)
-    short = np.asarray(R3D18().apply({"params": params}, frames[:, :11], np.ones((1, 11), bool)))
+    forward = jax.jit(R3D18().apply)
+    short = np.asarray(forward({"params": params}, frames[:, :11], np.ones((1, 11), bool)))
     # What lies in padded frames must not matter either.
-    long = np.asarray(R3D18().apply({"params": params}, frames, np.arange(21)[None] < 11))
+    long = np.asarray(forward({"params": params}, frames, np.arange(21)[None] < 11))
     assert short.shape == (1, 2, 2, 2, 512) and long.shape == (1, 3, 2, 2, 512)
     np.testing.assert_allclose(long[:, :2], short, rtol=1e-4, atol=1e-4 * short.max())
     assert np.all(long[:, 2] == 0.0) and np.all(short.max((0, 2, 3, 4)) > 0)

@@ -44,6 +44,7 @@ def pretraining(model_config, loss_config, batch, seed=1):
 # --- D1, the 3-D CNN -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_r3d_18_takes_the_place_of_the_small_cnn():
     config = dataclasses.replace(QUIET, video="r3d_18")
     batch = make_batch(batch_size=1)

@@ -88,7 +88,7 @@ def detect_sector(frames: np.ndarray) -> np.ndarray | None:
     radius = max(2, round(_OPENING * min(size)))
     # The edge padding keeps tissue that a cropped frame cuts off.
     padded = np.pad(tissue, radius, mode="edge")
-    opened = ndimage.binary_opening(padded, _disk(radius))[radius:-radius, radius:-radius]
+    opened = _open(padded, radius)[radius:-radius, radius:-radius]
     labels, count = ndimage.label(opened)
     if count == 0:
         return None
@@ -98,7 +98,7 @@ def detect_sector(frames: np.ndarray) -> np.ndarray | None:
         part = labels == label
         part = part | (_dilate(part, _EDGE) & echoes) | (_dilate(part, _REACH) & scattered)
         keep |= part
-    solid = ndimage.binary_opening(tissue, _disk(_SMALL_OPENING)) & scattered
+    solid = _open(tissue, _SMALL_OPENING) & scattered
     keep = _add_islands(keep, solid, _find_flat(sampled[0], background, size))
     # One hull around all parts, since a shadow or a cyst can split the tissue of one sector.
     hull = _fill_hull(keep)
@@ -181,13 +181,24 @@ def _shrink(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _dilate(mask: np.ndarray, radius: int) -> np.ndarray:
+    """By a disk, through distances: a large disk costs no more than a small one."""
+    if not mask.any():  # there is nothing to be near to
+        return mask
     return ndimage.distance_transform_edt(~mask) <= radius
+
+
+def _erode(mask: np.ndarray, radius: int) -> np.ndarray:
+    """By a disk; beyond the border nothing is set."""
+    return ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1] > radius
+
+
+def _open(mask: np.ndarray, radius: int) -> np.ndarray:
+    return _dilate(_erode(mask, radius), radius)
 
 
 def _close(mask: np.ndarray, radius: int) -> np.ndarray:
     padded = np.pad(mask, radius)
-    closed = ndimage.binary_closing(padded, _disk(radius))
-    return closed[radius:-radius, radius:-radius]
+    return _erode(_dilate(padded, radius), radius)[radius:-radius, radius:-radius]
 
 
 def _fill_hull(mask: np.ndarray) -> np.ndarray | None:
@@ -200,8 +211,3 @@ def _fill_hull(mask: np.ndarray) -> np.ndarray | None:
     canvas = Image.new("1", mask.shape[::-1])
     ImageDraw.Draw(canvas).polygon([(int(x), int(y)) for y, x in corners], fill=1, outline=1)
     return np.asarray(canvas).copy()
-
-
-def _disk(radius: int) -> np.ndarray:
-    y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
-    return x * x + y * y <= radius * radius

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
-from dilbert_jax import flops
 from dilbert_jax.config import default_config
 from dilbert_jax.models import find_system
 from dilbert_jax.models.network import NetworkConfig
@@ -232,14 +233,18 @@ def cell_config(cell: Cell, budget: str) -> ml_collections.ConfigDict:
 
 def count_parameters(config: ml_collections.ConfigDict) -> int:
     """Parameters of one network, with label spaces of a middling size; the vocabulary is the configuration's."""
+    return sum(math.prod(shape) for shape in _parameter_shapes(config))
+
+
+def _parameter_shapes(config: ml_collections.ConfigDict) -> list[tuple[int, ...]]:
     model = random_model(config)
-    if model not in _counted:  # tracing an initialisation takes a second or two
-        shapes = jax.eval_shape(functools.partial(init_network, config), jax.random.key(0))
-        _counted[model] = flops.count_parameters(shapes)
-    return _counted[model]
+    if model not in _traced:  # tracing an initialisation takes a second or two
+        params = jax.eval_shape(functools.partial(init_network, config), jax.random.key(0))
+        _traced[model] = [leaf.shape for leaf in jax.tree.leaves(params)]
+    return _traced[model]
 
 
-_counted: dict[NetworkConfig, int] = {}
+_traced: dict[NetworkConfig, list[tuple[int, ...]]] = {}
 
 
 def _sizes(config: ml_collections.ConfigDict) -> str:
@@ -263,25 +268,38 @@ def matched_size(system: str, config_json: str) -> tuple[int, int]:
     config = ml_collections.ConfigDict(_tuples(json.loads(config_json)))
     ratio, heads = config.model.ffn_size / config.model.hidden_size, config.model.num_heads
 
-    def count(name: str, hidden_size: int, ffn_size: int) -> int:
-        trial = ml_collections.ConfigDict(config.to_dict())
-        trial.model.update(name=name, hidden_size=hidden_size, ffn_size=ffn_size)
-        return count_parameters(trial)
+    def trial(name: str, hidden_size: int, ffn_size: int) -> ml_collections.ConfigDict:
+        other = ml_collections.ConfigDict(config.to_dict())
+        other.model.update(name=name, hidden_size=hidden_size, ffn_size=ffn_size)
+        return other
+
+    def shapes(hidden_size: int, ffn_size: int) -> list[np.ndarray]:
+        return [np.asarray(shape) for shape in _parameter_shapes(trial(system, hidden_size, ffn_size))]
+
+    # Each side of a parameter grows in proportion with either size: three networks tell the shapes of all.
+    start = config.model.hidden_size, config.model.ffn_size
+    origin = shapes(*start)
+    with_heads, with_unit = shapes(start[0] + heads, start[1]), shapes(start[0], start[1] + 1)
+
+    def count(hidden_size: int, ffn_size: int) -> int:
+        steps, units = (hidden_size - start[0]) // heads, ffn_size - start[1]
+        return sum(
+            int(np.prod(a + steps * (b - a) + units * (c - a)))
+            for a, b, c in zip(origin, with_heads, with_unit, strict=True)
+        )
 
     def at_ratio(hidden_size: int) -> int:
-        return count(system, hidden_size, round(ratio * hidden_size))
+        return count(hidden_size, round(ratio * hidden_size))
 
-    target = count("dilbert", config.model.hidden_size, config.model.ffn_size)
-    # Parameters grow about as the square of the width: start near, and walk to the last size that fits.
-    near = config.model.hidden_size * (target / at_ratio(config.model.hidden_size)) ** 0.5
-    hidden_size = max(heads, heads * int(near // heads))
+    target = count_parameters(trial("dilbert", *start))
+    hidden_size = config.model.hidden_size
     while hidden_size > heads and at_ratio(hidden_size) > target:
         hidden_size -= heads
     while at_ratio(hidden_size + heads) <= target:
         hidden_size += heads
     width = round(ratio * hidden_size)
-    at_width = count(system, hidden_size, width)
-    step = (count(system, hidden_size, 2 * width) - at_width) / width  # parameters a unit of width
+    at_width = count(hidden_size, width)
+    step = (count(hidden_size, 2 * width) - at_width) / width  # parameters a unit of width
     return hidden_size, max(1, round(width + (target - at_width) / step))
 
 
