@@ -51,8 +51,12 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips marked tests whose precondition is absent, whether or not they use the fixtures above."""
+    """Marks what needs the shared run of two networks; skips marked tests whose precondition is absent."""
+    for item in items:
+        if "trained" in getattr(item, "fixturenames", ()):  # minutes of compiling
+            item.add_marker(pytest.mark.numerics)
     absent = {
         "real_data": "" if os.environ.get("DILBERT_DATA_DIR") else "DILBERT_DATA_DIR is not set",
         "torch": "" if importlib.util.find_spec("torch") else "the extra 'torch' is not installed",

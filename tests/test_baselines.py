@@ -11,7 +11,6 @@ import optax
 import pytest
 from tiny import CONFIG, A, B, L, init_params, make_batch, tiny_run_config, to_device
 
-from dilbert_jax import run
 from dilbert_jax.config import check_config
 from dilbert_jax.losses import hinge_loss, noise_contrastive_loss
 from dilbert_jax.models import SYSTEMS, make_network
@@ -20,7 +19,6 @@ from dilbert_jax.models.baselines.contrast import frame_contrast
 from dilbert_jax.models.tangled import resize_nearest, resize_valid
 from dilbert_jax.training import objectives
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
-from dilbert_jax.training.stages import stage_names
 
 pytestmark = pytest.mark.numerics
 BASELINES = [name for name in SYSTEMS if name != "dilbert"]
@@ -450,25 +448,6 @@ def test_a_few_clips_are_learned_by_heart(name):
     assert bool(own) == (own_losses is not None)
     for task in own:
         assert values[-1][task] < 0.5 * values[0][task], task
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n == "videobert" else pytest.mark.slow) for n in BASELINES]
-)
-def test_the_same_command_trains_and_evaluates_a_baseline(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "use_compilation_cache", lambda: None)
-    config = tiny_run_config(name="phantom/small", data_dir=str(tmp_path / "data"))
-    config.model.update(
-        name=name, num_layers=1 if name == "videobert" else 2
-    )  # the quick one: compiling dominates
-    with pytest.raises(ValueError, match="single_network"):
-        check_config(config)
-    # Batches no larger than the validation set, whose loss then needs no programs of its own.
-    config.train.update(single_network=True, batch_size=4, student_epochs=1.0, finetune_epochs=1.0)
-    assert stage_names(config) == ("student", "finetune")
-    report = run.train_and_report(config, tmp_path / "run")
-    assert report.exists() and (tmp_path / "run" / "eval.json").exists()
-    assert not (tmp_path / "run" / "checkpoints" / "mutual").exists()
 
 
 def test_an_unknown_system_is_named():

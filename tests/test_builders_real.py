@@ -118,6 +118,7 @@ def test_pocus_counts(prepared):
     assert {r.group_id for s, r in records.items() if "pat3image" in s} == {"charlotte_patient_3"}
 
 
+@pytest.mark.slow  # 840 stills
 def test_kmve_counts(prepared):
     preparation, records, splits, lengths = prepared("kmve")
     assert preparation["kept"] == 420
@@ -131,6 +132,7 @@ def test_kmve_counts(prepared):
     assert all(r.language == "zh" and r.report and not r.report_is_synthetic for r in records.values())
 
 
+@pytest.mark.slow
 def test_kmve_frames_are_those_of_the_report(prepared):
     _, records, _, _ = prepared("kmve")
     record = records[min(records)]

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_export import shared_experiment, shared_run
+from small_export import shared_config, shared_experiment, shared_run
 from tiny import tiny_run_config
 
 from dilbert_jax import run
 from dilbert_jax.config import check_config, default_config, load_config, save_config
 from dilbert_jax.experiment import load_context, open_experiment
+from dilbert_jax.models import SYSTEMS
 from dilbert_jax.training import loop, objectives, stages
 from dilbert_jax.training import step as steps
 from dilbert_jax.training.checkpoints import StageCheckpoints
@@ -403,3 +404,24 @@ def test_a_signal_inside_a_step_loses_no_checkpoint(trained, tmp_path, monkeypat
     checkpoints = StageCheckpoints(copy, "finetune")
     assert checkpoints.latest_step() == 28
     checkpoints.close()
+
+
+# --- systems of one network ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n == "bert" else pytest.mark.slow) for n in SYSTEMS if n != "dilbert"],
+)
+def test_the_same_command_trains_and_evaluates_a_baseline(name, tmp_path_factory, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "use_compilation_cache", lambda: None)
+    config = shared_config(tmp_path_factory)
+    config.model.update(name=name, num_layers=2 if name == "actbert" else 1)  # compiling dominates
+    with pytest.raises(ValueError, match="single_network"):
+        check_config(config)
+    config.train.update(single_network=True, student_epochs=1.0, finetune_epochs=1.0)
+    assert stages.stage_names(config) == ("student", "finetune")
+    report = run.train_and_report(config, tmp_path / "run")
+    evaluation = json.loads((tmp_path / "run" / "eval.json").read_text(encoding="utf-8"))
+    assert report.exists() and list(evaluation["networks"]) == ["student"]
+    assert not (tmp_path / "run" / "checkpoints" / "mutual").exists()
