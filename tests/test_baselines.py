@@ -20,7 +20,8 @@ from dilbert_jax.models.tangled import resize_nearest, resize_valid
 from dilbert_jax.training import objectives
 from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer
 
-pytestmark = pytest.mark.numerics
+# One worker: what a test has traced and compiled, the next one uses.
+pytestmark = [pytest.mark.numerics, pytest.mark.xdist_group("baselines")]
 BASELINES = [name for name in SYSTEMS if name != "dilbert"]
 STREAMS = {"entity": 3, "description": 2, "region": 4}
 
@@ -229,21 +230,14 @@ def test_hero_asks_for_the_clip_of_a_report_among_those_of_other_texts():
 
 
 def test_the_fusion_vector_of_mmft_bert_is_zero_and_learns():
-    params = system("mmft_bert")[1]
+    model, params, hidden, masks = system("mmft_bert")
     assert not params["fusion_vector"].any()
-    config, batch = dataclasses.replace(CONFIG, name="mmft_bert", dropout=0.0), to_device(make_batch())
 
-    def objective(params):
-        return objectives.pretraining_objective(
-            make_network(config),
-            objectives.LossConfig(),
-            {"student": params},
-            None,
-            batch,
-            jax.random.key(0),
-        )[0]
+    def total(params):
+        *_, own = model.apply({"params": params}, hidden, masks, True, method=type(model).fuse)
+        return jnp.sin(own["fusion"]).sum()
 
-    assert float(jnp.abs(jax.jit(jax.grad(objective))(params)["fusion_vector"]).max()) > 0
+    assert float(jnp.abs(jax.jit(jax.grad(total))(params)["fusion_vector"]).max()) > 0
 
 
 def test_each_bert_of_mmft_reads_the_report_and_its_own_modality():
@@ -417,9 +411,8 @@ def _initialise(config):
     return make_network(config).init(jax.random.key(0), *arguments, batch["mlm_positions"], *names)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n == "hero" else pytest.mark.slow) for n in BASELINES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BASELINES)
 def test_a_few_clips_are_learned_by_heart(name):
     config = dataclasses.replace(CONFIG, name=name, dropout=0.0)
     model, loss, own_losses = make_network(config), objectives.LossConfig(), SYSTEMS[name].own_losses

@@ -20,7 +20,8 @@ from dilbert_jax.models.embeddings import sinusoids
 from dilbert_jax.models.regions import pool_regions
 from dilbert_jax.training.objectives import VISUAL
 
-pytestmark = pytest.mark.numerics
+# One worker: what a test has traced and compiled, the next one uses.
+pytestmark = [pytest.mark.numerics, pytest.mark.xdist_group("models")]
 
 
 @pytest.fixture(scope="module", params=SYSTEMS)

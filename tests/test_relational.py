@@ -17,7 +17,8 @@ import pytest
 from dilbert_jax import relational
 from dilbert_jax.relational import huber
 
-pytestmark = pytest.mark.numerics
+# One worker: what a test has traced and compiled, the next one uses.
+pytestmark = [pytest.mark.numerics, pytest.mark.xdist_group("relational")]
 
 REFERENCE = os.environ.get("DILBERT_REFERENCE_DIR")
 needs_reference = pytest.mark.skipif(REFERENCE is None, reason="DILBERT_REFERENCE_DIR is not set")

@@ -11,7 +11,8 @@ from tiny import CONFIG
 
 from dilbert_jax.models import Network
 
-pytestmark = pytest.mark.numerics
+# One worker: what a test has traced and compiled, the next one uses.
+pytestmark = [pytest.mark.numerics, pytest.mark.xdist_group("remat")]
 
 DEEP = dataclasses.replace(CONFIG, num_layers=4, hidden_size=32, ffn_size=128, dropout=0.2)
 HIDDEN = jax.random.normal(jax.random.key(1), (8, 24, 32))

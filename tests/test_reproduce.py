@@ -27,6 +27,9 @@ from dilbert_jax.reproduce import cells, claims, grid, report, tables
 from dilbert_jax.reproduce.grid import Cell
 from dilbert_jax.training import objectives
 
+# One worker: sizing the matched systems traces each of them, once.
+pytestmark = pytest.mark.xdist_group("reproduce")
+
 EXTENDING = pathlib.Path(__file__).parents[1] / "docs" / "extending.md"
 
 
@@ -180,8 +183,8 @@ def test_every_cell_has_a_configuration_that_works(dataset, budget):
 @pytest.mark.numerics
 @pytest.mark.parametrize("system", [name for name in SYSTEMS if name != "dilbert"])
 def test_matched_systems_have_as_many_parameters_as_dilbert(system):
-    dilbert = grid.cell_config(Cell("phantom", "dilbert", grid.MAIN_SHAPE, 0), "smoke")
-    other = grid.cell_config(Cell("phantom", system, "matched", 0), "smoke")
+    dilbert = grid.cell_config(Cell("phantom", "dilbert", grid.MAIN_SHAPE, 0), "cpu")
+    other = grid.cell_config(Cell("phantom", system, "matched", 0), "cpu")
     assert grid.count_parameters(other) == pytest.approx(grid.count_parameters(dilbert), rel=0.01)
     assert other.train.student_epochs == dilbert.train.student_epochs + dilbert.train.mutual_epochs
     check_config(other)

@@ -47,11 +47,11 @@ def assert_equal_runs(results, layout, base, loss_tolerance=1e-5, tolerance=2e-5
 
 
 def test_eight_devices_train_as_one_does(tmp_path):
-    results = run_layouts(tmp_path, QUICK, "--alone")
+    results = run_layouts(tmp_path, QUICK, "--plain")
     losses = results["1,1,1/loss/loss"]
     assert losses[-1] < losses[0]
     assert_equal_runs(results, "2,2,2", "1,1,1")
-    assert results["1,1,1/held"] == 1 and results["2,2,2/held"] < 0.5
+    assert results["1,1,1/held"] == 1 and results["2,2,2/held"] < 0.6
 
 
 @pytest.mark.slow
