@@ -334,7 +334,7 @@ def fake_objective(model, loss, params, names, entity_of_region, batch, rng):
     """A loss that compiles in no time; NaN where the batch is marked."""
     total, metrics = jnp.float32(0), {}
     for name, network in params.items():
-        value = sum(jnp.sum(x * x) for x in jax.tree.leaves(network)) * 1e-3
+        value = jnp.sum(jax.tree.leaves(network)[0] ** 2) * 1e-3
         metrics[f"{name}/loss"] = value
         total += value
     metrics["student/match"] = batch["marker"].mean()
