@@ -137,6 +137,18 @@ def test_frame_graph_lines_are_as_wide_as_the_score(annotation, frames):
     assert ink(0.9)[0] > 2 * ink(0.3)[0] > ink(0.0)[0]
 
 
+@pytest.fixture
+def boxes(monkeypatch):
+    """Id and written score of every entity, in the order in which their boxes are drawn."""
+    drawn = []
+
+    def node(axis, centre, entity, score, *rest):
+        drawn.append((entity["id"], score))
+
+    monkeypatch.setattr(match_figures, "_node", node)
+    return drawn
+
+
 @pytest.mark.parametrize(
     "draw, drawn",
     [
@@ -144,13 +156,7 @@ def test_frame_graph_lines_are_as_wide_as_the_score(annotation, frames):
         (match_figures.entity_region_figure, "region_scores"),
     ],
 )
-def test_entities_are_drawn_that_match_what_is_drawn(annotation, frames, monkeypatch, draw, drawn):
-    boxes = []
-
-    def node(axis, centre, entity, score, *rest):
-        boxes.append((entity["id"], score))
-
-    monkeypatch.setattr(match_figures, "_node", node)
+def test_entities_are_drawn_that_match_what_is_drawn(annotation, frames, boxes, draw, drawn):
     other = {"frame_scores": "region_scores", "region_scores": "frame_scores"}[drawn]
     first, second, *rest = annotation["entities"]
     for entity in annotation["entities"]:
@@ -161,11 +167,7 @@ def test_entities_are_drawn_that_match_what_is_drawn(annotation, frames, monkeyp
     assert rest and boxes == [(second["id"], 0.7), (first["id"], 0.4)]
 
 
-def test_entities_are_ranked_and_labelled_by_the_drawn_frame_alone(annotation, frames, monkeypatch):
-    boxes = []
-    monkeypatch.setattr(
-        match_figures, "_node", lambda axis, centre, entity, score, *rest: boxes.append((entity["id"], score))
-    )
+def test_entities_are_ranked_and_labelled_by_the_drawn_frame_alone(annotation, frames, boxes):
     in_frame = [r["frame"] == annotation["regions"][0]["frame"] for r in annotation["regions"]]
     assert in_frame[0] and not in_frame[-1]
     for entity in annotation["entities"]:
@@ -178,11 +180,7 @@ def test_entities_are_ranked_and_labelled_by_the_drawn_frame_alone(annotation, f
     assert boxes == [(second["id"], 0.9), (first["id"], 0.3)]
 
 
-def test_entities_are_ranked_and_labelled_by_the_drawn_frames_alone(annotation, frames, monkeypatch):
-    boxes = []
-    monkeypatch.setattr(
-        match_figures, "_node", lambda axis, centre, entity, score, *rest: boxes.append((entity["id"], score))
-    )
+def test_entities_are_ranked_and_labelled_by_the_drawn_frames_alone(annotation, frames, boxes):
     for entity in annotation["entities"]:
         entity["frame_scores"] = [0.0] * len(annotation["frame_index"])
     first, second, *_ = annotation["entities"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from dilbert_jax import flops
 from dilbert_jax.config import default_config
 from dilbert_jax.models import find_system
 from dilbert_jax.models.network import NetworkConfig
@@ -233,18 +233,18 @@ def cell_config(cell: Cell, budget: str) -> ml_collections.ConfigDict:
 
 def count_parameters(config: ml_collections.ConfigDict) -> int:
     """Parameters of one network, with label spaces of a middling size; the vocabulary is the configuration's."""
-    return sum(math.prod(shape) for shape in _parameter_shapes(config))
+    return flops.count_parameters(_trace_parameters(config))
 
 
-def _parameter_shapes(config: ml_collections.ConfigDict) -> list[tuple[int, ...]]:
+def _trace_parameters(config: ml_collections.ConfigDict) -> list[jax.ShapeDtypeStruct]:
     model = random_model(config)
     if model not in _traced:  # tracing an initialisation takes a second or two
         params = jax.eval_shape(functools.partial(init_network, config), jax.random.key(0))
-        _traced[model] = [leaf.shape for leaf in jax.tree.leaves(params)]
+        _traced[model] = jax.tree.leaves(params)
     return _traced[model]
 
 
-_traced: dict[NetworkConfig, list[tuple[int, ...]]] = {}
+_traced: dict[NetworkConfig, list[jax.ShapeDtypeStruct]] = {}
 
 
 def _sizes(config: ml_collections.ConfigDict) -> str:
@@ -274,7 +274,8 @@ def matched_size(system: str, config_json: str) -> tuple[int, int]:
         return other
 
     def shapes(hidden_size: int, ffn_size: int) -> list[np.ndarray]:
-        return [np.asarray(shape) for shape in _parameter_shapes(trial(system, hidden_size, ffn_size))]
+        leaves = _trace_parameters(trial(system, hidden_size, ffn_size))
+        return [np.asarray(leaf.shape) for leaf in leaves]
 
     # Each side of a parameter grows in proportion with either size: three networks tell the shapes of all.
     start = config.model.hidden_size, config.model.ffn_size
