@@ -19,6 +19,7 @@ from dilbert_jax.clips import find_sector, place_on_canvas, select_evenly
 from dilbert_jax.examples import Example, lay_grid, pad_frames
 from dilbert_jax.experiment import ModelContext
 from dilbert_jax.knowledge import KnowledgeGraph, describe
+from dilbert_jax.knowledge.describe import HEADS
 from dilbert_jax.labels import LabelSpace
 from dilbert_jax.media import Clip
 from dilbert_jax.models import Network
@@ -355,6 +356,10 @@ def write_description(context: ModelContext, annotation: Mapping[str, Any]) -> d
     for concept in sorted(dict.fromkeys(claims), key=lambda c: -scores[c]):
         if allowed(concept) and not any("contradicts" in graph.relation_types(concept, k) for k in kept):
             kept.append(concept)
+    # The heads decide one by one: "normal" may lead among the conditions while a lesion is seen. The ranking of the
+    # conditions keeps it; the text gives no impression rather than one that its own findings refute.
+    if condition == "normal" and any(_refutes_normal(concept, organ, graph) for concept in kept):
+        condition = ""
     labelled = {f["id"] for f in annotation["findings"]}
     findings = [c for c in kept if c in labelled]
     present = [c for c in kept if c not in labelled]
@@ -376,15 +381,6 @@ def _denied(
     nobody would look for. A sign of health is not denied, nor are both of two findings that contradict each other.
     """
     organ = annotation["organ"]["id"] if annotation["organ"] else ""
-    conditions = [c for c in graph.conditions_of(organ) if c != "normal"] if organ else []
-
-    def speaks(finding: str) -> bool:
-        return any(
-            "suggestive_of" in graph.relation_types(finding, condition)
-            or graph.relation_types(condition, finding) & {"causes", "shows"}
-            for condition in conditions
-        ) and graph.allows(organ, finding)
-
     denied: list[str] = []
     for finding in sorted(annotation["findings"], key=lambda f: f["probability"]):
         concept = finding["id"]
@@ -395,10 +391,30 @@ def _denied(
             and graph.concepts[concept].type == "finding"
             and "suggestive_of" not in graph.relation_types(concept, "normal")
             and not any("contradicts" in graph.relation_types(concept, d) for d in denied)
-            and speaks(concept)
+            and _speaks_for_disease(concept, organ, graph)
         ):
             denied.append(concept)
     return denied[:MAX_ABSENT]
+
+
+def _speaks_for_disease(finding: str, organ: str, graph: KnowledgeGraph) -> bool:
+    """Whether the graph links a finding of an organ to a condition of that organ other than "normal"."""
+    if not organ or not graph.allows(organ, finding):
+        return False
+    return any(
+        "suggestive_of" in graph.relation_types(finding, condition)
+        or graph.relation_types(condition, finding) & {"causes", "shows"}
+        for condition in graph.conditions_of(organ)
+        if condition != "normal"
+    )
+
+
+def _refutes_normal(concept: str, organ: str, graph: KnowledgeGraph) -> bool:
+    """Whether a concept that is seen, a focal finding or a sign of disease, leaves no room for "normal"."""
+    types = graph.relation_types(concept, "normal")
+    if "suggestive_of" in types or graph.concept(concept).type != "finding":
+        return False
+    return concept in HEADS or "contradicts" in types or _speaks_for_disease(concept, organ, graph)
 
 
 def describe_source(clip: Clip, sha256: str) -> dict[str, Any]:

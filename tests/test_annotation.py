@@ -320,6 +320,25 @@ def test_the_text_denies_what_would_speak_for_another_condition(experiment):
     assert "No " not in write_description(experiment.context, heart)["en"]
 
 
+@pytest.mark.parametrize(
+    ("organ", "finding", "text"),
+    [
+        ("breast", "mass", "Breast: a mass is seen."),
+        ("thyroid", "nodule", "Thyroid: a nodule is seen."),
+        ("lung", "b_lines", "Lung: B-lines are seen."),
+        ("lung", "reduced_sliding", "Lung: reduced sliding is seen."),
+        # Signs of health, and what is seen in health as in disease.
+        ("lung", "a_lines", "Lung: A-lines are seen. Normal appearance."),
+        ("liver", "vascularity", "Liver: vascularity is seen. Normal appearance."),
+    ],
+)
+def test_no_text_says_normal_beside_a_sign_of_disease(experiment, organ, finding, text):
+    annotation = breast_annotation({finding: 0.9}) | {"organ": {"id": organ}, "condition": {"id": "normal"}}
+    description = write_description(experiment.context, annotation)
+    assert description["en"] == text
+    assert ("正常" in description["zh"]) == ("Normal" in text)
+
+
 @pytest.mark.parametrize("word", ["left", "right", "bilateral", "internal"])
 def test_words_that_say_nothing_of_a_clip_are_not_written(experiment, word):
     text = write_description(experiment.context, breast_annotation({"mass": 0.9}, [(word, "descriptor")]))
