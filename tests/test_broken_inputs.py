@@ -12,16 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import source_folders
+from media_samples import encode, make_gray, video_bytes, write_dicom, write_video
 from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
-from test_media import (
-    _video_bytes,
-    encode,
-    make_gray,
-    write_dicom,
-    write_video,
-)
 
 from dilbert_jax import datasets
 from dilbert_jax.config import REVISION, check_config, default_config, load_config
@@ -95,7 +89,7 @@ MEDIA: dict[str, tuple[Callable[[Path], Any], str]] = {
         "decoded as video|holds no video stream|no video frame",
     ),
     "no_frames.avi": (
-        lambda p: _write(p, _video_bytes(".avi", "mpeg4", 0)),
+        lambda p: _write(p, video_bytes(".avi", "mpeg4", 0)),
         "no video frame can be decoded|cannot be decoded as video",
     ),
     "truncated.dcm": (lambda p: _cut(write_dicom(p, make_gray(4)), 0.6), "is truncated: 4 frames of 64 x 96"),
