@@ -28,8 +28,11 @@ from dilbert_jax.models import Dilbert, NetworkConfig
 from dilbert_jax.models.embeddings import sinusoids
 from dilbert_jax.parity import compare, names, torch_losses
 from dilbert_jax.parity.__main__ import main
+from dilbert_jax.parity.agreement import Agreement, render, to_json
 from dilbert_jax.parity.convert import import_network, read_tensors
-from dilbert_jax.parity.torch_model import TorchDilbert, attend
+from dilbert_jax.parity.setting import Setting
+from dilbert_jax.parity.torch_layers import attend
+from dilbert_jax.parity.torch_model import TorchDilbert
 from dilbert_jax.parity.torch_training import Training, clip_global_norm, learning_rate
 from dilbert_jax.relational import angle_loss, distance_loss
 from dilbert_jax.training.checkpoints import StageCheckpoints
@@ -92,7 +95,7 @@ def random_params(config, seed=0):
 def make_setting(config, num_steps=1, **loss):
     optimizer = OptimizerConfig("sgd", 0.1, warmup_fraction=0.4)
     batches = [padded_batch(i) for i in range(num_steps)]
-    return compare.Setting(config, LossConfig(**loss), optimizer, batches, padded_batch(9), NAMES, "test")
+    return Setting(config, LossConfig(**loss), optimizer, batches, padded_batch(9), NAMES, "test")
 
 
 # --- both implementations ---------------------------------------------------------------------------------
@@ -143,14 +146,14 @@ def test_the_mutual_stage_agrees_over_three_steps():
     setting = make_setting(config, num_steps=3, summary=2.0)
     with jax.enable_x64(True):
         trajectory, parameters = compare.compare_training(setting, config, start)
-    agreement = compare.Agreement("float64", {"x": 0.0}, {}, trajectory, parameters)
+    agreement = Agreement("float64", {"x": 0.0}, {}, trajectory, parameters)
     assert agreement.largest()["loss trajectory"] < 1e-9 and agreement.missed() == []
     assert max(parameters.values()) < 1e-9
     ours, theirs = trajectory["loss"]
     assert len(ours) == 3 and abs(ours[2] - ours[0]) > 1e-3 and min(trajectory["student/angle"][0]) > 0
-    text = compare.render(setting, [agreement])
+    text = render(setting, [agreement])
     assert "student/self" in text and "learning rate 0.1" in text
-    record = json.loads(compare.to_json(setting, [agreement]))
+    record = json.loads(to_json(setting, [agreement]))
     assert record["agreements"][0]["trajectory"]["loss"]["torch"] == theirs.tolist()
 
 
@@ -164,7 +167,7 @@ def test_positions_start_alike():
 def test_a_difference_is_noticed():
     values = np.asarray([[1.0, 2.0], [1.0, 2.0 + 1e-6]])
     trajectory = {"loss": values, "student/loss": values}
-    agreement = compare.Agreement("float64", {"a": 1e-12, "b": float("nan")}, {}, trajectory, {})
+    agreement = Agreement("float64", {"a": 1e-12, "b": float("nan")}, {}, trajectory, {})
     assert agreement.missed() == ["forward pass", "loss trajectory"]
     assert dataclasses.replace(agreement, outputs={"a": 0.0}, dtype="float32").missed() == []
     assert compare.relative_difference([1.0, -4.0], [1.0, -4.4]) == pytest.approx(0.1)
@@ -500,7 +503,7 @@ def test_the_exit_status_says_whether_both_agree(tmp_path, monkeypatch, capsys):
     def measure(setting, dtype, seed):
         seen.append((len(setting.batches), dtype, setting.optimizer.learning_rate))
         values = np.asarray([[1.0, 2.0], [1.0, 2.0 + 1e-5]])
-        return compare.Agreement(dtype, {"mlm": 0.0}, {}, {"loss": values}, {})
+        return Agreement(dtype, {"mlm": 0.0}, {}, {"loss": values}, {})
 
     monkeypatch.setattr(compare, "measure", measure)
     common = ["compare", f"--config={tmp_path / 'experiment.py'}", "--batches=random", "--steps=2"]

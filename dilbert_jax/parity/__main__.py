@@ -112,22 +112,24 @@ def _import(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     config = _load_config(args.config)
-    from dilbert_jax.parity import compare
+    from dilbert_jax.parity.agreement import DTYPES, render, to_json
+    from dilbert_jax.parity.compare import measure
+    from dilbert_jax.parity.setting import dataset_setting, random_setting
     from dilbert_jax.run import use_compilation_cache
 
     use_compilation_cache()
-    prepare = compare.dataset_setting if args.batches == "dataset" else compare.random_setting
+    prepare = dataset_setting if args.batches == "dataset" else random_setting
     setting = prepare(config, args.steps, args.learning_rate)
     agreements = []
-    for dtype in compare.DTYPES if args.dtype == "both" else (args.dtype,):
+    for dtype in DTYPES if args.dtype == "both" else (args.dtype,):
         started = time.monotonic()
-        agreements.append(compare.measure(setting, dtype, args.seed))
+        agreements.append(measure(setting, dtype, args.seed))
         print(f"{dtype}: {time.monotonic() - started:.0f} s", file=sys.stderr)
-    text = compare.render(setting, agreements)
+    text = render(setting, agreements)
     print(text, end="")
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        content = compare.to_json(setting, agreements) if args.output.suffix == ".json" else text
+        content = to_json(setting, agreements) if args.output.suffix == ".json" else text
         args.output.write_text(content, encoding="utf-8")
     missed = [f"{a.dtype} {part}" for a in agreements for part in a.missed()]
     if missed:

@@ -7,163 +7,29 @@ each framework on its own; nothing passes between them after the start.
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from flax import traverse_util
 
-from dilbert_jax.config import check_config
-from dilbert_jax.experiment import open_experiment
-from dilbert_jax.input_pipeline import training_batches
-from dilbert_jax.models import Dilbert, NetworkConfig
+from dilbert_jax.models import Dilbert, NetworkConfig, init_params
 from dilbert_jax.parity import MISSING_EXTRA, torch_losses, torch_model
+from dilbert_jax.parity.agreement import Agreement
 from dilbert_jax.parity.names import from_torch, to_torch
+from dilbert_jax.parity.setting import Batch, Setting
 from dilbert_jax.parity.torch_training import Training, to_tensors
-from dilbert_jax.random_inputs import random_batch, random_model, random_names
 from dilbert_jax.training import objectives
 from dilbert_jax.training import step as steps
-from dilbert_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from dilbert_jax.training.optimizer import make_optimizer, make_schedule
 
 try:
     import torch
 except ImportError as error:
     raise ImportError(MISSING_EXTRA) from error
-
-DTYPES = ("float64", "float32")
-# Largest relative difference that counts as agreement.
-TOLERANCES = {"float64": 1e-8, "float32": 1e-3}
-# A loss term below this share of its network's loss is measured against that share.
-SMALL_TERM = 1e-3
-Batch = Mapping[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What both implementations run on.
-
-    Attributes:
-      model: the architecture; its dtype is replaced.
-      loss, optimizer: of the mutual stage.
-      batches: one pre-training batch a step.
-      annotation: a batch of `ExampleBuilder.annotation`.
-      names: word pieces of the candidate entities int [E, P] and their mask.
-      source: where the batches are from, in words.
-    """
-
-    model: NetworkConfig
-    loss: objectives.LossConfig
-    optimizer: OptimizerConfig
-    batches: Sequence[Batch]
-    annotation: Batch
-    names: tuple[np.ndarray, np.ndarray]
-    source: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Agreement:
-    """Relative differences in one dtype.
-
-    Attributes:
-      dtype: "float64" or "float32".
-      outputs: per output, largest difference over the largest value.
-      gradients: per objective and layer, norm of the difference over the norm of the gradient.
-      trajectory: per loss term, values [2, steps]: JAX, PyTorch.
-      parameters: per network, norm of the difference over the norm, of what the steps changed in the worst layer.
-    """
-
-    dtype: str
-    outputs: dict[str, float]
-    gradients: dict[str, dict[str, float]]
-    trajectory: dict[str, np.ndarray]
-    parameters: dict[str, float]
-
-    def term_differences(self) -> dict[str, np.ndarray]:
-        """Per loss term, the relative difference at every step (see `SMALL_TERM`)."""
-        out = {}
-        for term, (ours, theirs) in self.trajectory.items():
-            loss = term.split("/")[0] + "/loss" if "/" in term else "loss"
-            floor = SMALL_TERM * np.abs(self.trajectory[loss][0])
-            out[term] = np.abs(ours - theirs) / np.maximum(np.maximum(np.abs(ours), floor), 1e-300)
-        return out
-
-    def largest(self) -> dict[str, float]:
-        """The largest difference of each part; NaN counts as the largest."""
-        parts = {"forward pass": list(self.outputs.values())}
-        parts |= {f"gradients, {name}": list(layers.values()) for name, layers in self.gradients.items()}
-        parts |= {"loss trajectory": [float(np.max(d)) for d in self.term_differences().values()]}
-        return {name: float(np.max(values)) for name, values in parts.items()}
-
-    def missed(self) -> list[str]:
-        """Parts that do not agree within the dtype's tolerance."""
-        return [name for name, value in self.largest().items() if not value <= TOLERANCES[self.dtype]]
-
-
-def dataset_setting(config: ml_collections.ConfigDict, num_steps: int, learning_rate: float) -> Setting:
-    """Takes batches from a configuration's data set, through the ordinary pipeline.
-
-    Args:
-      config: an experiment's configuration; its optimizer and dropout are replaced.
-      num_steps: how many batches.
-      learning_rate: peak rate of SGD.
-
-    Returns:
-      The setting, with no dropout.
-
-    Raises:
-      ValueError: a configuration or data that cannot work, or options that the PyTorch model does not have.
-    """
-    config = _prepared(config, learning_rate)
-    with tempfile.TemporaryDirectory() as workdir:
-        experiment = open_experiment(config, pathlib.Path(workdir))
-    context, builder = experiment.context, experiment.builder
-    indices, size = experiment.indices["train"], config.train.batch_size
-    length_of = builder.padded_length
-    batches = training_batches(builder.pretraining, indices, size, config.seed, length_of=length_of)
-    annotation = training_batches(builder.annotation, indices, size, config.seed, length_of=length_of)
-    return Setting(
-        context.model.config,
-        context.loss,
-        OptimizerConfig(**config.optimizer),
-        [next(batches) for _ in range(num_steps)],
-        next(annotation),
-        context.entity_names,
-        f"data set {config.data.name}",
-    )
-
-
-def random_setting(config: ml_collections.ConfigDict, num_steps: int, learning_rate: float) -> Setting:
-    """Makes random batches of a configuration's shapes, padded at random, without any data set.
-
-    Args:
-      config, num_steps, learning_rate: as in `dataset_setting`.
-
-    Returns:
-      The setting, with no dropout.
-
-    Raises:
-      ValueError: a configuration that cannot work, or options that the PyTorch model does not have.
-    """
-    config = _prepared(config, learning_rate)
-    rng = np.random.default_rng(config.seed)
-    batches = [random_batch(config, rng) for _ in range(num_steps)]
-    annotation = random_batch(config, rng, report=False)
-    return Setting(
-        random_model(config),
-        objectives.LossConfig(**config.loss),
-        OptimizerConfig(**config.optimizer),
-        batches,
-        annotation,
-        random_names(config, rng),
-        "random batches",
-    )
 
 
 def measure(setting: Setting, dtype: str, seed: int = 0) -> Agreement:
@@ -183,7 +49,7 @@ def measure(setting: Setting, dtype: str, seed: int = 0) -> Agreement:
     model_config = dataclasses.replace(setting.model, dtype=dtype, dropout=0.0)
     torch_model.check_supported(model_config)
     torch_losses.check_supported(setting.loss)
-    starts = _initial_params(setting, model_config, seed)
+    starts = _initial_params(model_config, seed)
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
         outputs = compare_outputs(setting, model_config, starts["teacher"])
         start = {name: starts[name] for name in objectives.NETWORKS}
@@ -194,95 +60,6 @@ def measure(setting: Setting, dtype: str, seed: int = 0) -> Agreement:
         }
         trajectory, parameters = compare_training(setting, model_config, start)
     return Agreement(dtype, outputs, gradients, trajectory, parameters)
-
-
-def render(setting: Setting, agreements: Sequence[Agreement], few: int = 5) -> str:
-    """Writes the comparison as Markdown tables.
-
-    Args:
-      setting: what was run.
-      agreements: one a dtype.
-      few: how many layers with the largest gradient difference to list.
-
-    Returns:
-      Text.
-    """
-    o = setting.optimizer
-    lines = [
-        f"JAX {jax.__version__} on {jax.default_backend()}, PyTorch {torch.__version__} on cpu; {setting.source}, "
-        f"batches of {len(setting.batches[0]['frames'])}, no dropout; mutual stage, {len(setting.batches)} steps of "
-        f"SGD (in place of the configuration's optimizer): peak learning rate {o.learning_rate:g}, momentum "
-        f"{o.momentum:g}, weight decay {o.weight_decay:g}, gradient norm clipped at {o.clip_norm:g}.",
-    ]
-    for agreement in agreements:
-        tolerance = TOLERANCES[agreement.dtype]
-        lines += ["", f"## {agreement.dtype}: relative difference, at most {tolerance:g} wanted", ""]
-        lines += _table(
-            ["part", "largest", "agrees"],
-            [
-                [name, f"{value:.1e}", "yes" if value <= tolerance else "NO"]
-                for name, value in agreement.largest().items()
-            ],
-        )
-        lines += ["", *_table(["output", "difference"], _sorted_rows(agreement.outputs))]
-        for objective, layers in agreement.gradients.items():
-            modules: dict[str, float] = {}
-            for layer, value in layers.items():
-                module = layer.split("/")[0]
-                modules[module] = float(np.maximum(modules.get(module, 0.0), value))
-            worst = ", ".join(f"{name} {value}" for name, value in _sorted_rows(layers)[:few])
-            lines += ["", *_table([f"module ({objective})", "worst layer's gradient"], _sorted_rows(modules))]
-            lines += ["", f"Largest: {worst}"]
-        differences = agreement.term_differences()
-        rows = []
-        for term, (ours, theirs) in agreement.trajectory.items():
-            at = int(np.argmax(differences[term]))
-            figures = [f"{v:.9g}" for v in (ours[0], theirs[0], ours[-1], theirs[-1])]
-            rows.append([term, *figures, f"{differences[term][at]:.1e}", str(at)])
-        header = ["term", "JAX first", "PyTorch first", "JAX last", "PyTorch last", "difference", "at step"]
-        lines += ["", *_table(header, rows)]
-        changed = ", ".join(f"{name} {value:.1e}" for name, value in agreement.parameters.items())
-        lines += [
-            "",
-            f"Difference of what the steps changed in the parameters, in the worst layer: {changed}",
-        ]
-    lines += [
-        "",
-        f"Outputs: largest difference over largest value. Gradients: norm of the difference over the layer's norm. "
-        f"Terms: over the term's own value, or over {SMALL_TERM:g} of its network's loss where that is more.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def to_json(setting: Setting, agreements: Sequence[Agreement]) -> str:
-    """Writes the comparison as JSON: settings, all differences, and both trajectories."""
-    record = {
-        "jax": jax.__version__,
-        "torch": torch.__version__,
-        "source": setting.source,
-        "batch_size": len(setting.batches[0]["frames"]),
-        "steps": len(setting.batches),
-        "model": dataclasses.asdict(setting.model),
-        "loss": dataclasses.asdict(setting.loss),
-        "optimizer": dataclasses.asdict(setting.optimizer),
-        "agreements": [
-            {
-                "dtype": a.dtype,
-                "tolerance": TOLERANCES[a.dtype],
-                "largest": a.largest(),
-                "missed": a.missed(),
-                "outputs": a.outputs,
-                "gradients": a.gradients,
-                "trajectory": {
-                    term: {"jax": ours.tolist(), "torch": theirs.tolist()}
-                    for term, (ours, theirs) in a.trajectory.items()
-                },
-                "parameters": a.parameters,
-            }
-            for a in agreements
-        ],
-    }
-    return json.dumps(record, indent=1)
 
 
 def relative_difference(ours: Any, theirs: Any) -> float:
@@ -524,16 +301,6 @@ def _by_layer(ours: Any, theirs: Any) -> dict[str, float]:
     }
 
 
-def _prepared(config: ml_collections.ConfigDict, learning_rate: float) -> ml_collections.ConfigDict:
-    """A checked copy of the configuration with SGD and without dropout."""
-    config = ml_collections.ConfigDict(config.to_dict())
-    config.optimizer.update(name="sgd", learning_rate=learning_rate)
-    config.model.dropout = 0.0
-    check_config(config)
-    torch_losses.check_supported(objectives.LossConfig(**config.loss))
-    return config
-
-
 def _numbers(batch: Batch) -> dict[str, np.ndarray]:
     """The entries that the objectives may read."""
     return steps.device_entries(batch)
@@ -546,17 +313,13 @@ def _on_device(batch: Batch, dtype: str) -> dict[str, jax.Array]:
     }
 
 
-def _initial_params(setting: Setting, config: NetworkConfig, seed: int) -> dict[str, Any]:
+def _initial_params(config: NetworkConfig, seed: int) -> dict[str, Any]:
     """Four networks: the two that are trained, and two to stand for other snapshots in the gradient check."""
-    batch = setting.batches[0]
-    arguments = [batch[name][:1] for name in (*objectives.VISUAL, "mlm_positions")]
-    init = jax.jit(Dilbert(dataclasses.replace(config, dtype="float32")).init)
+    network = Dilbert(dataclasses.replace(config, dtype="float32"))
     names = (*objectives.NETWORKS, *(f"other_{name}" for name in objectives.NETWORKS))
     keys = [jax.random.fold_in(jax.random.key(seed), i) for i in range(len(names))]
     return {
-        name: jax.tree.map(
-            lambda x: np.asarray(x, config.dtype), init(key, *arguments, *setting.names)["params"]
-        )
+        name: jax.tree.map(lambda x: np.asarray(x, config.dtype), init_params(network, key))
         for name, key in zip(names, keys, strict=True)
     }
 
@@ -571,18 +334,3 @@ def _flat_outputs(encoded: Any, logits: Mapping[str, Any], annotated: Mapping[st
     flat = {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
     flat |= {"fused": encoded.fused, "overview": encoded.overview, **logits}
     return flat | {name: annotated[name] for name in ("organ", "condition", "findings")}
-
-
-def _sorted_rows(values: Mapping[str, float]) -> list[list[str]]:
-    """Largest first."""
-    return [[name, f"{value:.1e}"] for name, value in sorted(values.items(), key=lambda item: -item[1])]
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table with aligned columns."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in [header, *rows]
-    ]
-    lines.insert(1, " | ".join("-" * w for w in widths))
-    return [f"| {line} |" for line in lines]
