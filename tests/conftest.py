@@ -33,6 +33,14 @@ def _folder_from_environment(variable: str) -> Path:
     return folder
 
 
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """An empty folder for source files, where `preparing.prepare` looks for them."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder that holds the real data sets (busi/, pocus/, ...); skips when DILBERT_DATA_DIR is unset."""
