@@ -1,6 +1,5 @@
 """The reproduction command: its plan, fair sizes, statistics, report, and that it resumes."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -11,26 +10,22 @@ import subprocess
 import sys
 import time
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
-from tiny import CONFIG, init_params, make_batch, tiny_run_config, to_device
 
 from dilbert_jax import run
 from dilbert_jax.config import REVISION, check_config
 from dilbert_jax.evaluation import statistics
-from dilbert_jax.models import SYSTEMS, find_system, make_network
+from dilbert_jax.models import SYSTEMS
 from dilbert_jax.reproduce import __main__ as command
 from dilbert_jax.reproduce import cells, claims, grid, report, tables
 from dilbert_jax.reproduce.grid import Cell
-from dilbert_jax.training import objectives
 
 # One worker: sizing the matched systems traces each of them, once.
 pytestmark = pytest.mark.xdist_group("reproduce")
 
-EXTENDING = pathlib.Path(__file__).parents[1] / "docs" / "extending.md"
+REPOSITORY = pathlib.Path(__file__).parents[1]
 
 
 def evaluation(value, chance=0.2, seed=0):
@@ -191,7 +186,7 @@ def test_matched_systems_have_as_many_parameters_as_dilbert(system):
 
 
 def test_the_experiment_file_names_a_system():
-    get_config = runpy.run_path(str(EXTENDING.parents[1] / "configs" / "systems.py"))["get_config"]
+    get_config = runpy.run_path(str(REPOSITORY / "configs" / "systems.py"))["get_config"]
     assert get_config().model.name == "dilbert"
     config = get_config("bert")
     check_config(config)
@@ -470,66 +465,7 @@ def test_the_sweep_never_sees_test_clips_and_keeps_the_best_rate(tmp_path, capsy
     assert "| BERT | 0.400 | 0.400 | 0.500 | 0.002 |" in (tmp_path / "sweep.md").read_text(encoding="utf-8")
 
 
-# -- a seventh system ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def two_tower(tmp_path, monkeypatch):
-    """The module of docs/extending.md, saved as it says."""
-    (code,) = re.findall(r"```python\n(.*?)```", EXTENDING.read_text(encoding="utf-8"), re.DOTALL)
-    (tmp_path / "my_lab").mkdir()
-    (tmp_path / "my_lab" / "two_tower.py").write_text(code, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    yield "my_lab.two_tower"
-    for name in ("my_lab", "my_lab.two_tower"):
-        sys.modules.pop(name, None)
-
-
-def documented_config():
-    """What the documented command trains."""
-    ((path, system),) = re.findall(
-        r"python train\.py --config=([\w/]+\.py):(\S+)", EXTENDING.read_text(encoding="utf-8")
-    )
-    return runpy.run_path(str(EXTENDING.parents[1] / path))["get_config"](system)
-
-
-@pytest.mark.numerics
-def test_a_seventh_system_is_a_file_and_a_line_of_configuration(two_tower):
-    config = documented_config()
-    check_config(config)
-    assert config.model.name == two_tower
-    assert config.data.guided_masking == 0 and config.train.single_network  # as its `System` says
-    assert grid.parse_cell(f"phantom/{two_tower}/matched/0").system == two_tower
-    model_config = dataclasses.replace(CONFIG, name=two_tower, dropout=0.0)
-    params, batch = init_params(config=model_config), to_device(make_batch())
-    model, own_losses = make_network(model_config), find_system(two_tower).own_losses
-
-    def objective(params):
-        return objectives.pretraining_objective(
-            model,
-            objectives.LossConfig(),
-            {"student": params},
-            None,
-            batch,
-            jax.random.key(0),
-            own_losses=own_losses,
-        )
-
-    (_, metrics), gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))(params)
-    assert metrics["student/contrast"] > 0
-    for tower in ("text_0", "clip_0"):
-        assert float(jnp.abs(gradient[tower]["query"]["dense"]["kernel"]).max()) > 0
-
-
-@pytest.mark.slow
-def test_the_seventh_system_trains_as_documented(two_tower, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "use_compilation_cache", lambda: None)
-    config = tiny_run_config(name="phantom/small", data_dir=str(tmp_path / "data"))
-    documented = documented_config()
-    config.model.name = documented.model.name
-    config.data.guided_masking = documented.data.guided_masking
-    config.train.single_network = documented.train.single_network
-    assert run.train_and_report(config, tmp_path / "run").exists()
+# -- cells -----------------------------------------------------------------------------------------------------
 
 
 def test_a_cell_of_another_version_is_refused(finished):
