@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -240,16 +240,22 @@ def main(
         return
     load = os.getloadavg()[0]
     print(f"{doc.splitlines()[0]}\n\n{HEAD}", flush=True)
-    rows = []
-    for row in measure(arguments):
-        rows.append(row)
-        print(render(row), flush=True)
-    if arguments.json:
-        settings = {k: v for k, v in vars(arguments).items() if k not in ("json", "one")}
-        record = {"title": doc.splitlines()[0], "about": describe(load) | {"arguments": settings}}
-        record["rows"] = [dataclasses.asdict(row) for row in rows]
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    rows: list[Row] = []
+    try:
+        for row in measure(arguments):
+            rows.append(row)
+            print(render(row), flush=True)
+    finally:  # what an interrupted run has measured stays; `describe` would take an accelerator's memory before the end
+        if arguments.json and rows:
+            _write(arguments, doc.splitlines()[0], load, rows)
+
+
+def _write(arguments: argparse.Namespace, title: str, load: float, rows: Iterable[Row]) -> None:
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("json", "one")}
+    record = {"title": title, "about": describe(load) | {"arguments": settings}}
+    record["rows"] = [dataclasses.asdict(row) for row in rows]
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def describe(load: float) -> dict[str, Any]:

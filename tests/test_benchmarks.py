@@ -59,6 +59,19 @@ def test_a_page_tells_all_results_and_where_they_are_from(tmp_path):
     assert "jax 1.2.3" in page and "Some CPU" in page and "rounds=3" in page
 
 
+def test_an_interrupted_benchmark_leaves_what_it_measured(tmp_path, monkeypatch):
+    def measure(arguments):
+        yield common.Row("first", "ms", common.exactly(5.0))
+        raise KeyboardInterrupt
+
+    found = tmp_path / "found.json"
+    monkeypatch.setattr(common, "request_huge_pages", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["benchmark", f"--json={found}"])
+    with pytest.raises(KeyboardInterrupt):
+        common.main("What it is.", measure)
+    assert [row["setting"] for row in json.loads(found.read_text())["rows"]] == ["first"]
+
+
 def test_an_unknown_benchmark_is_named():
     found = subprocess.run([sys.executable, "-m", "benchmarks", "nothing"], capture_output=True, text=True)
     assert found.returncode == 2

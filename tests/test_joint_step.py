@@ -104,13 +104,16 @@ def test_gradients_equal_the_two_pass_version(networks, frozen, batch):
 def test_one_update_equals_two_separate_optimizers(networks, frozen, batch):
     """Each network has its own clipping, decay and momentum; the input buffers are given up."""
     optimizer = make_optimizer(OptimizerConfig("sgd", 0.24, warmup_fraction=0.0), 10)
-    expected = {}
     _, gradient = joint(networks, frozen, batch, LOSS)
-    for name in objectives.NETWORKS:
-        state = optimizer.init(networks[name])
+
+    @jax.jit
+    def updated(params, gradient):
+        state = optimizer.init(params)
         for _ in range(2):  # the schedule starts at 0: twice the same gradient, then look
-            updates, state = optimizer.update(gradient[name], state, networks[name])
-        expected[name] = optax.apply_updates(networks[name], updates)
+            updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates)
+
+    expected = {name: updated(networks[name], gradient[name]) for name in objectives.NETWORKS}
 
     objective = functools.partial(objectives.mutual_objective, MODEL, LOSS)
     update = steps.make_step(objective, optimizer)

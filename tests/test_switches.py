@@ -11,7 +11,7 @@ import optax
 import pytest
 from small_builder import make_builder
 from small_export import shared_experiment
-from tiny import CONFIG, A, B, E, M, init_params, make_batch, to_device
+from tiny import CONFIG, A, B, E, M, Plain, init_params, make_batch, to_device
 
 from dilbert_jax.config import default_config
 from dilbert_jax.models import Dilbert
@@ -36,8 +36,9 @@ def encode(config, params, batch, **changes):
 
 def pretraining(model_config, loss_config, batch, seed=1):
     """Loss and metrics of one network, freshly initialised."""
-    params = {"student": init_params(seed, model_config)}
-    objective = functools.partial(objectives.pretraining_objective, Dilbert(model_config), loss_config)
+    model = Plain(model_config)
+    params = {"student": init_params(seed, network=model)}
+    objective = functools.partial(objectives.pretraining_objective, model, loss_config)
     return jax.jit(lambda p, b: objective(p, None, b, RNG))(params, to_device(batch))
 
 
@@ -127,9 +128,9 @@ def test_mdc_classifies_masked_words_by_their_entity():
     config = dataclasses.replace(QUIET, mdc_target="entity", num_entities=E)
     loss = dataclasses.replace(LOSS, mdc_target="entity")
     _, metrics = pretraining(config, loss, batch)
-    params = init_params(1, config)
-    run = jax.jit(lambda p, b: objectives.pretraining_forward(Dilbert(config), p, b, None))
-    logits, _ = run(params, to_device(batch))
+    model = Plain(config)
+    run = jax.jit(lambda p, b: objectives.pretraining_forward(model, p, b, None))
+    logits, _ = run(init_params(1, network=model), to_device(batch))
     assert logits["mdc"].shape == (B, M, E)
     counted = batch["mlm_mask"] & batch["matched"][:, None] & (batch["mlm_entities"] >= 0)
     z = np.asarray(logits["mdc"], np.float64)[counted]
@@ -199,9 +200,10 @@ def test_any_mismatch_may_take_a_report_of_the_same_patient():
 @pytest.fixture(scope="module")
 def said():
     """Logits and encodings of two networks on one batch."""
-    run = jax.jit(lambda p, b: objectives.pretraining_forward(Dilbert(QUIET), p, b, None))
+    model = Plain(QUIET)
+    run = jax.jit(lambda p, b: objectives.pretraining_forward(model, p, b, None))
     return {
-        name: run(init_params(i, QUIET), to_device(make_batch()))
+        name: run(init_params(i, network=model), to_device(make_batch()))
         for i, name in enumerate(objectives.NETWORKS)
     }
 
