@@ -410,11 +410,13 @@ def _speaks_for_disease(finding: str, organ: str, graph: KnowledgeGraph) -> bool
 
 
 def _refutes_normal(concept: str, organ: str, graph: KnowledgeGraph) -> bool:
-    """Whether a concept that is seen, a focal finding or a sign of disease, leaves no room for "normal"."""
+    """Whether a concept that is seen, a focal lesion or a sign of disease, leaves no room for "normal"."""
     types = graph.relation_types(concept, "normal")
-    if "suggestive_of" in types or graph.concept(concept).type != "finding":
-        return False
-    return concept in HEADS or "contradicts" in types or _speaks_for_disease(concept, organ, graph)
+    if concept in HEADS or "contradicts" in types:
+        return True
+    # Of descriptors many belong to health and disease alike.
+    finding = graph.concept(concept).type == "finding"
+    return finding and "suggestive_of" not in types and _speaks_for_disease(concept, organ, graph)
 
 
 def describe_source(clip: Clip, sha256: str) -> dict[str, Any]:

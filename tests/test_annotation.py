@@ -302,6 +302,9 @@ def test_no_text_says_normal_beside_a_sign_of_disease(experiment, organ, finding
     description = write_description(experiment.context, annotation)
     assert description["en"] == text
     assert ("正常" in description["zh"]) == ("Normal" in text)
+    # A lesion is a place: it comes from matching, not from the findings.
+    annotation = breast_annotation({}, [("lesion", "region")]) | {"condition": {"id": "normal"}}
+    assert write_description(experiment.context, annotation)["en"] == "Breast: a lesion is seen."
 
 
 @pytest.mark.parametrize("word", ["left", "right", "bilateral", "internal"])
