@@ -3,7 +3,7 @@
     python -m benchmarks [NAME ...] [--output DIR] [--dtype bfloat16] [--quick]
 
 DIR gets a JSON file for each benchmark, and benchmarks.md with the table of all that lie there. On 2 CPU cores all of
-them take most of an hour; leave the machine to them.
+them take hours, most of it torch.compile's in the training steps; leave the machine to them.
 """
 
 from __future__ import annotations

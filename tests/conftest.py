@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 from dilbert_jax.quick_compile import quick_compilation
 
@@ -57,6 +58,22 @@ def reference_dir() -> Path:
 def rng() -> np.random.Generator:
     """A fresh generator, the same in every test and every run."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An untrained run on the small export: an `Experiment`, not to be changed in place."""
+    from small_export import shared_experiment  # of no use to tests without it, and slow to import
+
+    return shared_experiment(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def params(experiment: Any) -> Any:
+    """Fresh parameters of one network of `experiment`."""
+    import jax
+
+    return experiment.context.init_params(jax.random.key(0))
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by marker

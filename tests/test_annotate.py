@@ -5,28 +5,16 @@ import json
 import os
 import types
 
-import jax
 import numpy as np
 import pytest
 from annotation_samples import CYST, make_prediction, with_buckets
 from PIL import Image
-from small_export import make_clip, shared_experiment
+from small_export import make_clip
 
 from dilbert_jax import annotate
 from dilbert_jax import annotation as annotation_module
 from dilbert_jax.annotation import Thresholds, annotate_clips, build_visual, compiled_probabilities, predict
 from dilbert_jax.media import Clip
-
-
-@pytest.fixture(scope="module")
-def experiment(tmp_path_factory):
-    return shared_experiment(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def params(experiment):
-    return experiment.context.init_params(jax.random.key(0))
-
 
 # --- streams ----------------------------------------------------------------------------------------------
 

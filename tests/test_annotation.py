@@ -5,11 +5,9 @@ import itertools
 import json
 import pathlib
 
-import jax
 import numpy as np
 import pytest
 from annotation_samples import CYST, FRAMES, make_prediction, with_buckets
-from small_export import shared_experiment
 
 from dilbert_jax.annotation import (
     NOTICE,
@@ -26,17 +24,6 @@ from dilbert_jax.annotation import (
 from dilbert_jax.boxes import box_iou
 from dilbert_jax.labels import LabelSpace
 from dilbert_jax.media import Clip, read_clip
-
-
-@pytest.fixture(scope="module")
-def experiment(tmp_path_factory):
-    return shared_experiment(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def params(experiment):
-    return experiment.context.init_params(jax.random.key(0))
-
 
 # --- thresholds -------------------------------------------------------------------------------------------
 

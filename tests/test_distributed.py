@@ -10,7 +10,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from small_export import shared_experiment
 
 from dilbert_jax.config import save_config
 from dilbert_jax.training.log import read_metrics
@@ -62,11 +61,6 @@ def assert_same_run(workdir, other, context):
         assert step == other_step
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
             np.testing.assert_allclose(x, y, atol=2e-4)
-
-
-@pytest.fixture(scope="module")
-def experiment(tmp_path_factory):
-    return shared_experiment(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 from small_builder import make_builder
-from small_export import shared_experiment
 from tiny import CONFIG, A, B, E, M, Plain, init_params, make_batch, to_device
 
 from dilbert_jax.config import default_config
@@ -242,11 +241,6 @@ def test_every_relational_layer_compares_other_vectors_and_none_compares_nothing
 
 
 # --- D19, stages ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def experiment(tmp_path_factory):
-    return shared_experiment(tmp_path_factory)
 
 
 @pytest.mark.parametrize("independent", [False, True])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_export import shared_config, shared_experiment, shared_run
+from small_export import shared_config, shared_run
 from tiny import tiny_run_config
 
 from dilbert_jax import run
@@ -25,11 +25,6 @@ TASKS = ("mlm", "mdc", "moc", "cmm", "summary")
 
 # One worker runs both files: they share one trained run.
 pytestmark = pytest.mark.xdist_group("trained")
-
-
-@pytest.fixture(scope="module")
-def experiment(tmp_path_factory):
-    return shared_experiment(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
