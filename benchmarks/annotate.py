@@ -21,12 +21,13 @@ import jax
 import numpy as np
 
 from benchmarks import common
-from dilbert_jax.annotation import Thresholds, annotate_clips, build_visual, predict
+from dilbert_jax.annotation import annotate_clips, build_visual, predict
 from dilbert_jax.config import MODEL_PRESETS, default_config
 from dilbert_jax.experiment import ModelContext, make_context
 from dilbert_jax.knowledge import ReportTokenizer, load_graph
 from dilbert_jax.labels import LabelSpace
 from dilbert_jax.media import Clip
+from dilbert_jax.thresholds import Thresholds
 from dilbert_jax.training.objectives import VISUAL
 
 QUICKSTART = pathlib.Path(__file__).resolve().parents[1] / "configs" / "quickstart.py"

@@ -21,12 +21,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dilbert_jax.annotation import Thresholds, annotate_clips
+from dilbert_jax.annotation import annotate_clips
 from dilbert_jax.experiment import ModelContext, load_context
 from dilbert_jax.huge_pages import request_huge_pages
 from dilbert_jax.media import Clip, MediaError, find_media, printable, read_clip
 from dilbert_jax.report import PAGE_SIDE, render_annotation, render_index
 from dilbert_jax.run import use_compilation_cache
+from dilbert_jax.thresholds import Thresholds
 from dilbert_jax.training.objectives import NETWORKS
 from dilbert_jax.training.stages import network_params
 

@@ -1,11 +1,10 @@
-"""From clips to annotations: run the network on them, match entities with places, compose the text."""
+"""From clips to annotations: run the network on them, match entities with places, compose the dictionary."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,80 +15,16 @@ import numpy as np
 
 import dilbert_jax
 from dilbert_jax.clips import find_sector, place_on_canvas, select_evenly
+from dilbert_jax.description import write_description
 from dilbert_jax.examples import Example, lay_grid, pad_frames
 from dilbert_jax.experiment import ModelContext
-from dilbert_jax.knowledge import KnowledgeGraph, describe
-from dilbert_jax.knowledge.describe import HEADS
-from dilbert_jax.labels import LabelSpace
 from dilbert_jax.media import Clip
 from dilbert_jax.models import Network
+from dilbert_jax.thresholds import Thresholds, decide_findings
 from dilbert_jax.training.objectives import VISUAL, annotation_forward
 
 SCHEMA = "dilbert-jax/annotation/1"
 NOTICE = "Research use only. Not for clinical use."
-MAX_ABSENT = 3
-# Words of reports that say nothing of a clip by themselves: it does not show which side of the body it is, and
-# "internal" belongs to another word ("internal echoes").
-UNSAID = ("left", "right", "bilateral", "internal")
-
-
-@dataclasses.dataclass(frozen=True)
-class Thresholds:
-    """From which probability on a finding or an entity counts as present; chosen on validation studies."""
-
-    findings: dict[str, float]
-    entities: dict[str, float]
-    default: float = 0.5
-
-    def finding(self, concept: str) -> float:
-        return self.findings.get(concept, self.default)
-
-    def entity(self, concept: str) -> float:
-        return self.entities.get(concept, self.default)
-
-    def save(self, path: pathlib.Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: pathlib.Path) -> Thresholds:
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
-
-
-def choose_threshold(probabilities: np.ndarray, targets: np.ndarray, min_positives: int = 5) -> float | None:
-    """The probability that gives the best F1, or None when there are too few positives to choose by.
-
-    Args:
-      probabilities: [N]; targets: bool [N].
-    """
-    positives = int(targets.sum())
-    if positives < min_positives or positives == len(targets):
-        return None
-    order = np.argsort(-probabilities, kind="stable")
-    hits = np.cumsum(targets[order])
-    f1 = 2 * hits / (np.arange(1, len(order) + 1) + positives)
-    # Only between two different values is there a threshold.
-    sorted_probabilities = probabilities[order]
-    f1[:-1][sorted_probabilities[:-1] == sorted_probabilities[1:]] = -1.0
-    best = int(f1.argmax())
-    following = sorted_probabilities[best + 1] if best + 1 < len(order) else 0.0
-    return float(np.clip((sorted_probabilities[best] + following) / 2, 0.05, 0.95))
-
-
-def decide_findings(labels: LabelSpace, thresholds: Thresholds, probabilities: np.ndarray) -> np.ndarray:
-    """Which findings are present: bool [N, F] from probabilities [N, F].
-
-    Those that reach their threshold; of two that exclude each other the more probable.
-    """
-    index = {concept: i for i, concept in enumerate(labels.findings)}
-    excludes = np.zeros((len(index), len(index)), bool)
-    for first, second in labels.exclusive:
-        excludes[index[first], index[second]] = excludes[index[second], index[first]] = True
-    present = probabilities >= np.asarray([thresholds.finding(f) for f in labels.findings])
-    for row, ranked in zip(present, np.argsort(-probabilities, axis=1, kind="stable"), strict=True):
-        for finding in ranked:
-            if row[finding]:
-                row[excludes[finding]] = False
-    return present
 
 
 def build_visual(context: ModelContext, frames: np.ndarray) -> tuple[Example, np.ndarray]:
@@ -330,93 +265,8 @@ def compose(
         "frame_index": [int(i) for i in frame_index],
         "regions": regions,
     }
-    annotation["description"] = write_description(context, annotation)
+    annotation["description"] = write_description(annotation, graph)
     return annotation
-
-
-def write_description(context: ModelContext, annotation: Mapping[str, Any]) -> dict[str, str]:
-    """Composes the text, in both languages, from what the graph allows in the organ and the clip supports."""
-    graph = context.graph
-    organ = annotation["organ"]["id"] if annotation["organ"] else ""
-    condition = annotation["condition"]["id"] if annotation["condition"] else ""
-    supported = {e["id"]: e["supported"] for e in annotation["entities"]}
-
-    def allowed(concept: str) -> bool:
-        return concept not in UNSAID and (not organ or graph.allows(organ, concept))
-
-    # A finding must hold in both heads; one that is no match candidate stands on its own probability. Of two that
-    # contradict each other the better supported one stays.
-    scores = {f["id"]: f["probability"] for f in annotation["findings"]}
-    scores |= {e["id"]: e["score"] for e in annotation["entities"]}
-    claims = [f["id"] for f in annotation["findings"] if f["present"] and supported.get(f["id"], True)]
-    claims += [
-        e["id"] for e in annotation["entities"] if e["supported"] and e["type"] in ("region", "descriptor")
-    ]
-    kept: list[str] = []
-    for concept in sorted(dict.fromkeys(claims), key=lambda c: -scores[c]):
-        if allowed(concept) and not any("contradicts" in graph.relation_types(concept, k) for k in kept):
-            kept.append(concept)
-    # The heads decide one by one: "normal" may lead among the conditions while a lesion is seen. The ranking of the
-    # conditions keeps it; the text gives no impression rather than one that its own findings refute.
-    if condition == "normal" and any(_refutes_normal(concept, organ, graph) for concept in kept):
-        condition = ""
-    labelled = {f["id"] for f in annotation["findings"]}
-    findings = [c for c in kept if c in labelled]
-    present = [c for c in kept if c not in labelled]
-    absent = _denied(annotation, kept, supported, graph)
-    return {
-        language: describe(
-            organ, condition, findings, language=language, graph=graph, present=present, absent=absent
-        )
-        for language in ("en", "zh")
-    }
-
-
-def _denied(
-    annotation: Mapping[str, Any], kept: Sequence[str], supported: Mapping[str, bool], graph: KnowledgeGraph
-) -> list[str]:
-    """Ids of the findings that the text denies, ``MAX_ABSENT`` at most, the least probable first.
-
-    They are those that would speak for a condition of the organ: of all that it can show the least probable is what
-    nobody would look for. A sign of health is not denied, nor are both of two findings that contradict each other.
-    """
-    organ = annotation["organ"]["id"] if annotation["organ"] else ""
-    denied: list[str] = []
-    for finding in sorted(annotation["findings"], key=lambda f: f["probability"]):
-        concept = finding["id"]
-        if (
-            not finding["present"]
-            and concept not in kept
-            and not supported.get(concept, False)
-            and graph.concepts[concept].type == "finding"
-            and "suggestive_of" not in graph.relation_types(concept, "normal")
-            and not any("contradicts" in graph.relation_types(concept, d) for d in denied)
-            and _speaks_for_disease(concept, organ, graph)
-        ):
-            denied.append(concept)
-    return denied[:MAX_ABSENT]
-
-
-def _speaks_for_disease(finding: str, organ: str, graph: KnowledgeGraph) -> bool:
-    """Whether the graph links a finding of an organ to a condition of that organ other than "normal"."""
-    if not organ or not graph.allows(organ, finding):
-        return False
-    return any(
-        "suggestive_of" in graph.relation_types(finding, condition)
-        or graph.relation_types(condition, finding) & {"causes", "shows"}
-        for condition in graph.conditions_of(organ)
-        if condition != "normal"
-    )
-
-
-def _refutes_normal(concept: str, organ: str, graph: KnowledgeGraph) -> bool:
-    """Whether a concept that is seen, a focal lesion or a sign of disease, leaves no room for "normal"."""
-    types = graph.relation_types(concept, "normal")
-    if concept in HEADS or "contradicts" in types:
-        return True
-    # Of descriptors many belong to health and disease alike.
-    finding = graph.concept(concept).type == "finding"
-    return finding and "suggestive_of" not in types and _speaks_for_disease(concept, organ, graph)
 
 
 def describe_source(clip: Clip, sha256: str) -> dict[str, Any]:

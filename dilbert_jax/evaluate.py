@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 import dilbert_jax
-from dilbert_jax.annotation import Thresholds, choose_threshold, compose, decide_findings, predict
+from dilbert_jax.annotation import compose, predict
 from dilbert_jax.clips import select_evenly
 from dilbert_jax.evaluation.metrics import (
     classification_report,
@@ -28,6 +28,7 @@ from dilbert_jax.flops import count_flops, count_parameters
 from dilbert_jax.input_pipeline import evaluation_batches
 from dilbert_jax.models.network import Network
 from dilbert_jax.report import RANKED_TASKS, render_report
+from dilbert_jax.thresholds import Thresholds, choose_threshold, decide_findings
 from dilbert_jax.training.log import read_metrics
 from dilbert_jax.training.objectives import annotation_forward, pretraining_forward, task_masks, task_targets
 from dilbert_jax.training.stages import network_names, network_params, stage_names

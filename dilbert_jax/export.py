@@ -21,8 +21,9 @@ from flax import traverse_util
 from jax import export as jax_export
 
 import dilbert_jax
-from dilbert_jax.annotation import NOTICE, Thresholds, annotation_probabilities, build_visual
+from dilbert_jax.annotation import NOTICE, annotation_probabilities, build_visual
 from dilbert_jax.experiment import ModelContext, load_context
+from dilbert_jax.thresholds import Thresholds
 from dilbert_jax.training.objectives import NETWORKS, VISUAL
 from dilbert_jax.training.stages import is_complete, network_params
 

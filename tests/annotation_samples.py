@@ -4,6 +4,9 @@ import dataclasses
 
 import numpy as np
 
+from dilbert_jax.annotation import build_visual, compose
+from dilbert_jax.thresholds import Thresholds
+
 CYST = ("liver", "cyst", "anechoic", "posterior_enhancement")
 FRAMES = np.full((12, 30, 60), 90, np.uint8)
 
@@ -31,3 +34,10 @@ def make_prediction(context, concepts):
         "region_scores": 1 / (1 + np.exp(-logits)),
         "region_logits": logits,
     }
+
+
+def make_annotation(context, frames, concepts, thresholds=None):
+    visual, boxes = build_visual(context, frames)
+    prediction = make_prediction(context, concepts=concepts)
+    thresholds = thresholds or Thresholds({}, {})
+    return compose(context, prediction, visual, boxes, thresholds, source={"file": "a"}, model={"step": 1})

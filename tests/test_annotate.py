@@ -13,8 +13,9 @@ from small_export import make_clip
 
 from dilbert_jax import annotate
 from dilbert_jax import annotation as annotation_module
-from dilbert_jax.annotation import Thresholds, annotate_clips, build_visual, compiled_probabilities, predict
+from dilbert_jax.annotation import annotate_clips, build_visual, compiled_probabilities, predict
 from dilbert_jax.media import Clip
+from dilbert_jax.thresholds import Thresholds
 
 # --- streams ----------------------------------------------------------------------------------------------
 

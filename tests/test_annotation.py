@@ -1,80 +1,17 @@
-"""Annotation: thresholds against brute force, the clip as evaluation sees it, the dictionary and its text."""
+"""Annotation: the clip as evaluation sees it, the dictionary and its scores."""
 
 import dataclasses
-import itertools
 import json
 import pathlib
 
 import numpy as np
 import pytest
-from annotation_samples import CYST, FRAMES, make_prediction, with_buckets
+from annotation_samples import CYST, FRAMES, make_annotation, make_prediction, with_buckets
 
-from dilbert_jax.annotation import (
-    NOTICE,
-    SCHEMA,
-    Thresholds,
-    build_visual,
-    choose_threshold,
-    compose,
-    decide_findings,
-    describe_source,
-    predict,
-    write_description,
-)
+from dilbert_jax.annotation import NOTICE, SCHEMA, build_visual, describe_source, predict
 from dilbert_jax.boxes import box_iou
-from dilbert_jax.labels import LabelSpace
 from dilbert_jax.media import Clip, read_clip
-
-# --- thresholds -------------------------------------------------------------------------------------------
-
-
-def f1_at(probabilities, targets, threshold):
-    answers = probabilities >= threshold
-    hits = (answers & targets).sum()
-    return 2 * hits / (answers.sum() + targets.sum())
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_the_chosen_threshold_has_the_best_f1(seed):
-    rng = np.random.default_rng(seed)
-    targets = rng.random(30) < 0.4
-    probabilities = np.clip(0.3 + 0.2 * targets + rng.normal(0, 0.15, 30), 0.11, 0.89)
-    if seed % 2:  # many ties
-        probabilities = np.round(probabilities, 1)
-    chosen = choose_threshold(probabilities, targets)
-    candidates = np.linspace(0.05, 0.95, 1801)
-    best = max(f1_at(probabilities, targets, c) for c in candidates)
-    assert f1_at(probabilities, targets, chosen) == pytest.approx(best, abs=1e-12)
-    # It lies between two answers, on neither of them.
-    assert not np.isclose(probabilities, chosen).any()
-
-
-def test_too_few_or_only_positives_choose_nothing():
-    probabilities = np.linspace(0.1, 0.9, 12)
-    assert choose_threshold(probabilities, np.arange(12) < 4) is None
-    assert choose_threshold(probabilities, np.arange(12) < 5) is not None
-    assert choose_threshold(probabilities, np.ones(12, bool)) is None
-    assert choose_threshold(probabilities, np.arange(12) >= 9, min_positives=3) == pytest.approx(
-        (probabilities[8] + probabilities[9]) / 2
-    )
-
-
-def test_thresholds_stay_in_sensible_bounds():
-    targets = np.arange(12) < 6
-    assert choose_threshold(np.where(targets, 1e-3, 1e-4), targets) == 0.05
-    assert choose_threshold(np.where(targets, 0.9999, 0.999), targets) == 0.95
-
-
-def test_thresholds_return_from_their_file_and_have_a_default(tmp_path):
-    thresholds = Thresholds({"anechoic": 0.3}, {"cyst": 0.7})
-    thresholds.save(tmp_path / "thresholds.json")
-    loaded = Thresholds.load(tmp_path / "thresholds.json")
-    assert loaded == thresholds
-    assert (loaded.finding("anechoic"), loaded.finding("cyst")) == (0.3, 0.5)
-    assert (loaded.entity("cyst"), loaded.entity("anechoic")) == (0.7, 0.5)
-
-
-# --- the clip ---------------------------------------------------------------------------------------------
+from dilbert_jax.thresholds import Thresholds
 
 
 @pytest.mark.parametrize("suffix", ["gif", "mp4"])
@@ -120,16 +57,6 @@ def test_frames_that_are_no_grey_clip_are_refused(experiment, shape):
         build_visual(experiment.context, np.zeros(shape, np.uint8))
     with pytest.raises(ValueError, match="float32"):
         build_visual(experiment.context, FRAMES.astype(np.float32))
-
-
-# --- the dictionary ---------------------------------------------------------------------------------------
-
-
-def make_annotation(context, frames, concepts, thresholds=None):
-    visual, boxes = build_visual(context, frames)
-    prediction = make_prediction(context, concepts=concepts)
-    thresholds = thresholds or Thresholds({}, {})
-    return compose(context, prediction, visual, boxes, thresholds, source={"file": "a"}, model={"step": 1})
 
 
 def test_an_annotation_ranks_and_decides(experiment):
@@ -185,24 +112,6 @@ def test_thresholds_decide_what_is_present(experiment):
     assert not {e["id"]: e for e in annotation["entities"]}["cyst"]["supported"]
 
 
-def test_of_findings_that_exclude_each_other_the_most_probable_is_present():
-    ids = ("a", "b", "c", "d")
-    labels = LabelSpace((), (), ids, (), (), exclusive=(("a", "b"), ("c", "b")))
-    probabilities = np.asarray(
-        [
-            [0.6, 0.7, 0.8, 0.1],  # c leaves no b, so that a stays
-            [0.6, 0.9, 0.8, 0.9],
-            [0.2, 0.3, 0.1, 0.9],
-            [0.6, 0.6, 0.1, 0.1],  # the first of equals
-        ]
-    )
-    decided = decide_findings(labels, Thresholds({"b": 0.25}, {}), probabilities)
-    wanted = ["ac", "bd", "bd", "a"]
-    assert ["".join(c for c, p in zip(ids, row, strict=True) if p) for row in decided] == wanted
-    free = decide_findings(LabelSpace((), (), ids, (), ()), Thresholds({}, {}), probabilities)
-    np.testing.assert_array_equal(free, probabilities >= 0.5)
-
-
 def test_an_annotation_holds_no_contradiction(experiment):
     pair = experiment.context.labels.findings[:2]
     for exclusive in ((), (pair,)):
@@ -211,94 +120,6 @@ def test_an_annotation_holds_no_contradiction(experiment):
         findings = {f["id"]: f for f in make_annotation(context, FRAMES, pair)["findings"]}
         assert [findings[f]["probability"] for f in pair] == [0.8, 0.8]
         assert sum(findings[f]["present"] for f in pair) == 2 - len(exclusive)
-
-
-def test_the_text_says_what_both_heads_support_and_what_the_graph_allows(experiment):
-    context = experiment.context
-    annotation = make_annotation(context, FRAMES, CYST)
-    text = annotation["description"]
-    for concept, language in itertools.product(CYST, ("en", "zh")):
-        name = context.graph.name(concept, language)
-        assert name.lower() in text[language].lower(), (concept, text)
-    # Without the match of its entity a finding is not written.
-    for entity in annotation["entities"]:
-        if entity["id"] == "anechoic":
-            entity["supported"] = False
-    assert "anechoic" not in write_description(context, annotation)["en"].lower()
-    # Nor is one that the organ cannot show.
-    foreign = {"id": "air_bronchogram", "name": {}, "probability": 0.9, "threshold": 0.5, "present": True}
-    assert not context.graph.allows("liver", "air_bronchogram")
-    before = write_description(context, annotation)
-    annotation["findings"].append(foreign)
-    assert write_description(context, annotation) == before
-
-
-def breast_annotation(findings, supported=()):
-    """An annotation's head: name -> probability of findings (0.5 and more hold), entities matched in the clip."""
-    context_free = {"threshold": 0.5, "name": {}}
-    return {
-        "organ": {"id": "breast"},
-        "condition": {"id": "benign_lesion"},
-        "findings": [
-            {"id": f, "probability": p, "present": p >= 0.5, **context_free} for f, p in findings.items()
-        ],
-        "entities": [
-            {"id": e, "type": kind, "score": 0.9, "supported": True, "name": {}} for e, kind in supported
-        ],
-    }
-
-
-def test_the_text_denies_what_would_speak_for_another_condition(experiment):
-    # Never seen in a breast, hence the least probable; posterior shadowing would suggest a malignant lesion.
-    findings = {
-        "mass": 0.9,
-        "sliding": 0.01,
-        "reduced_sliding": 0.01,
-        "pulsation": 0.02,
-        "posterior_shadowing": 0.3,
-        "skin_thickening": 0.2,
-    }
-    text = write_description(experiment.context, breast_annotation(findings))
-    assert text["en"] == (
-        "Breast: a mass is seen. No skin thickening or posterior shadowing is seen. "
-        "Appearance suggests a benign lesion."
-    )
-    # Two that exclude each other are not both denied: the sign of health is not what one looks for.
-    lung = breast_annotation({"sliding": 0.1, "reduced_sliding": 0.2}) | {"organ": {"id": "lung"}}
-    text = write_description(experiment.context, lung)
-    assert text["en"] == "Lung: no reduced sliding is seen. Appearance suggests a benign lesion."
-    # The graph knows of no finding that speaks for a condition of the heart.
-    heart = breast_annotation({"pulsation": 0.1}) | {"organ": {"id": "heart"}}
-    assert "No " not in write_description(experiment.context, heart)["en"]
-
-
-@pytest.mark.parametrize(
-    ("organ", "finding", "text"),
-    [
-        ("breast", "mass", "Breast: a mass is seen."),
-        ("thyroid", "nodule", "Thyroid: a nodule is seen."),
-        ("lung", "b_lines", "Lung: B-lines are seen."),
-        ("lung", "reduced_sliding", "Lung: reduced sliding is seen."),
-        # Signs of health, and what is seen in health as in disease.
-        ("lung", "a_lines", "Lung: A-lines are seen. Normal appearance."),
-        ("liver", "vascularity", "Liver: vascularity is seen. Normal appearance."),
-    ],
-)
-def test_no_text_says_normal_beside_a_sign_of_disease(experiment, organ, finding, text):
-    annotation = breast_annotation({finding: 0.9}) | {"organ": {"id": organ}, "condition": {"id": "normal"}}
-    description = write_description(experiment.context, annotation)
-    assert description["en"] == text
-    assert ("正常" in description["zh"]) == ("Normal" in text)
-    # A lesion is a place: it comes from matching, not from the findings.
-    annotation = breast_annotation({}, [("lesion", "region")]) | {"condition": {"id": "normal"}}
-    assert write_description(experiment.context, annotation)["en"] == "Breast: a lesion is seen."
-
-
-@pytest.mark.parametrize("word", ["left", "right", "bilateral", "internal"])
-def test_words_that_say_nothing_of_a_clip_are_not_written(experiment, word):
-    text = write_description(experiment.context, breast_annotation({"mass": 0.9}, [(word, "descriptor")]))
-    assert text["en"] == "Breast: a mass is seen. Appearance suggests a benign lesion."
-    assert text["zh"] == "乳腺：可见一肿块。考虑良性病变。"
 
 
 def test_the_source_is_named_without_its_folder():

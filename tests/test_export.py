@@ -18,10 +18,11 @@ from jax import export as jax_export
 from small_export import make_clip, shared_experiment
 
 from dilbert_jax import export
-from dilbert_jax.annotation import NOTICE, Thresholds, build_visual, predict
+from dilbert_jax.annotation import NOTICE, build_visual, predict
 from dilbert_jax.clips import find_sector
 from dilbert_jax.config import save_config
 from dilbert_jax.experiment import load_context, make_context
+from dilbert_jax.thresholds import Thresholds
 from dilbert_jax.training.checkpoints import StageCheckpoints
 from dilbert_jax.training.stages import mark_complete
 from dilbert_jax.training.step import TrainState

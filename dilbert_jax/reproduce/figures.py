@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from dilbert_jax.annotation import Thresholds
 from dilbert_jax.evaluate import BATCH_SIZE, example_annotations, predict_all
 from dilbert_jax.evaluation.figures import MUTED, display_name, encode_figure, figure_style
 from dilbert_jax.evaluation.match_figures import entity_frame_graph, entity_region_figure
@@ -23,6 +22,7 @@ from dilbert_jax.experiment import Experiment, open_experiment
 from dilbert_jax.input_pipeline import evaluation_batches
 from dilbert_jax.reproduce.cells import holds_the_run, workdir_of
 from dilbert_jax.reproduce.grid import MAIN_SHAPE, SHAPES, Cell, cell_config
+from dilbert_jax.thresholds import Thresholds
 from dilbert_jax.training.log import read_metrics
 from dilbert_jax.training.objectives import pretraining_forward
 from dilbert_jax.training.stages import STAGES, network_params
