@@ -76,7 +76,7 @@ def main() -> int:
 
 
 def write_page(folder: pathlib.Path) -> str:
-    """One table of all results in a folder, and on what they were measured."""
+    """One table of all results in a folder, on what they were measured, and what its notes.md says of them."""
     lines = [
         "# Benchmarks",
         "",
@@ -97,7 +97,9 @@ def write_page(folder: pathlib.Path) -> str:
             f"- {path.stem}: {about['device']} ({about['processor']}, {about['cores']} cores, load "
             f'{about["load_before"]} before); {versions}; XLA_FLAGS "{about["XLA_FLAGS"]}"; {settings}'
         )
-    return "\n".join([*lines, "", "## Where", "", *devices]) + "\n"
+    notes = folder / "notes.md"  # written by hand: what a reader must know of these runs
+    remarks = ["", "## Notes", "", notes.read_text(encoding="utf-8").strip()] if notes.exists() else []
+    return "\n".join([*lines, "", "## Where", "", *devices, *remarks]) + "\n"
 
 
 if __name__ == "__main__":

@@ -57,6 +57,9 @@ def test_a_page_tells_all_results_and_where_they_are_from(tmp_path):
     page = write_page(tmp_path)
     assert "| one | setting | ms | 5.00 |" in page
     assert "jax 1.2.3" in page and "Some CPU" in page and "rounds=3" in page
+    assert "## Notes" not in page
+    (tmp_path / "notes.md").write_text("On battery.\n")
+    assert write_page(tmp_path) == f"{page}\n## Notes\n\nOn battery.\n"
 
 
 def test_an_interrupted_benchmark_leaves_what_it_measured(tmp_path, monkeypatch):

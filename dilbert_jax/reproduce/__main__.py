@@ -35,7 +35,8 @@ from dilbert_jax.reproduce.grid import (
     plan,
     plan_sweep,
 )
-from dilbert_jax.reproduce.report import write_report, write_sweep
+from dilbert_jax.reproduce.report import write_report
+from dilbert_jax.reproduce.sweep import write_sweep
 
 
 def _choices(text: str, known: Sequence[str], what: str) -> list[str]:
@@ -149,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--reuse",
         type=pathlib.Path,
-        help="a reproduction.json whose cells count as finished, e.g. a published one",
+        help="a reproduction.json (or sweep.json) whose cells count as finished, e.g. a published one",
     )
     parser.add_argument("--plan", action="store_true", help="print the plan and stop")
     parser.add_argument(

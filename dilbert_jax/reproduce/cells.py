@@ -199,7 +199,7 @@ def _classes_of(answer: int | Sequence[bool]) -> list[int]:
 
 
 def reuse_records(path: pathlib.Path, output: pathlib.Path, budget: str) -> int:
-    """Puts the finished cells of another reproduction.json below `output`, and returns how many were new.
+    """Puts the finished cells of another reproduction.json or sweep.json below `output`, and returns how many were new.
 
     Raises:
       ValueError: no such file, or one of another budget or version.
@@ -207,7 +207,9 @@ def reuse_records(path: pathlib.Path, output: pathlib.Path, budget: str) -> int:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); name a reproduction.json") from None
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); name a reproduction.json or sweep.json"
+        ) from None
     if content.get("budget") != budget:
         raise ValueError(f"{path}: field 'budget' is {content.get('budget')!r}, not {budget!r}")
     count = 0

@@ -13,12 +13,11 @@ from dilbert_jax.reproduce import claims as judged
 from dilbert_jax.reproduce.cells import commit, read_cell
 from dilbert_jax.reproduce.figures import draw_figures
 from dilbert_jax.reproduce.grid import Cell
-from dilbert_jax.reproduce.tables import MAKERS, TITLES, Results
+from dilbert_jax.reproduce.tables import MAKERS, Results
 
 SCHEMA = "dilbert-jax/reproduction/1"
 SYNTHETIC = "Synthetic data: phantom clips and reports are generated; they say nothing about patients."
 SYNTHETIC_REPORTS = "Synthetic reports: those of {} are composed from labels, not written by clinicians."
-SWEPT_HEADS = ("condition", "findings")
 PAPER = "The paper's own figures are not in the text at hand; only the order that it claims can be compared."
 
 FOLDS = (
@@ -92,46 +91,6 @@ def _publishable(record: dict[str, Any]) -> dict[str, Any]:
     """A record without the answers clip by clip, which hold patients' diagnoses, unless all patients are simulated."""
     simulated = record.get("evaluation", {}).get("synthetic_data", False)
     return record if simulated else {k: v for k, v in record.items() if k != "decisions"}
-
-
-def write_sweep(cells: Sequence[Cell], budget: str, output: pathlib.Path, command: str) -> pathlib.Path:
-    """Writes sweep.md and sweep.json: macro F1 on validation clips, by system and rate.
-
-    Raises:
-      ValueError: a cell is not finished.
-    """
-    table: dict[str, dict[float, float | None]] = {}
-    for cell in cells:
-        record = read_cell(cell, output, budget)
-        if record is None:
-            raise ValueError(f"cell {cell.name} is not finished; run the sweep without --report first")
-        assert cell.rate is not None
-        score = None
-        if "diverged" not in record:
-            network = record["evaluation"]["networks"]["student"]  # the one that the tables compare
-            figures = [network["annotation"][h]["macro"]["f1"]["value"] for h in SWEPT_HEADS]
-            score = sum(figures) / len(figures)
-        table.setdefault(cell.system, {})[cell.rate] = score
-    chosen = {s: max(scores, key=lambda r: (scores[r] or 0.0, -r)) for s, scores in table.items()}
-    rates = sorted({cell.rate for cell in cells if cell.rate is not None})
-    lines = [
-        f"# Learning rates by system (budget `{budget}`)",
-        "",
-        f"`{command}`, commit {commit() or 'unknown'}: every system once at each rate, the same budget.",
-        "Mean of the macro F1 of condition and findings on validation clips (one seed, which no table uses; of DILBERT",
-        "its student); the best is kept.",
-        "",
-        "| system | " + " | ".join(f"{rate:g}" for rate in rates) + " | kept |",
-        "|---" * (len(rates) + 2) + "|",
-    ]
-    for system, scores in table.items():
-        cells_text = ["diverged" if scores[r] is None else f"{scores[r]:.3f}" for r in rates]
-        lines.append(f"| {TITLES.get(system, system)} | {' | '.join(cells_text)} | {chosen[system]:g} |")
-    path = output / "sweep.md"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    content = {"command": command, "budget": budget, "scores": table, "kept": chosen}
-    (output / "sweep.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    return path
 
 
 def _notices(
