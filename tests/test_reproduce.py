@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from cell_samples import record
 from scipy import stats
 
 from dilbert_jax import run
@@ -26,74 +27,6 @@ from dilbert_jax.reproduce.grid import Cell
 pytestmark = pytest.mark.xdist_group("reproduce")
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
-
-
-def evaluation(value, chance=0.2, seed=0):
-    """As eval.json, every figure at `value` (its own per network) or `chance`."""
-
-    def interval(x):
-        return {"value": x, "low": None, "high": None}
-
-    def heads(x):
-        macro = {m: interval(x) for m in ("sensitivity", "precision", "f1")}
-        return {
-            "condition": {"accuracy": interval(x), "macro": macro},
-            "findings": {"macro": macro},
-            "entities": {"macro": macro},
-        }
-
-    ranked = {"recall_at_1": value, "recall_at_10": value, "frequent_at_1": chance, "frequent_at_10": chance}
-    pretraining = {t: ranked for t in ("mlm", "mlm_guided", "mdc", "moc")} | {
-        "cmm": {"accuracy": value, "chance": chance}
-    }
-    network = {"annotation": heads(value), "pretraining": pretraining}
-    return {
-        "networks": {"student": network, "teacher": network},
-        "baseline": {"majority": heads(chance)},
-        "synthetic_data": True,
-        "synthetic_reports": 3,
-        "dataset": "phantom/large",
-        "device": "cpu",
-        "versions": {"jax": "0"},
-        "data_fingerprint": "f" * 40,
-        "seed": seed,
-        "fold": None,
-        "num_train_clips": 100,
-        "num_clips": 40,
-        "num_groups": 20,
-    }
-
-
-def answers(value, seed):
-    """Forty clips of twenty patients, of which a share of `value` is answered right."""
-    targets = np.arange(40) % 2
-    right = np.random.default_rng(seed).random(40) < value
-    condition = {
-        "class_ids": ["cyst", "stone"],
-        "groups": (np.arange(40) // 2).tolist(),
-        "targets": targets[:, None].tolist(),
-        "predictions": np.where(right, targets, 1 - targets)[:, None].tolist(),
-    }
-    return {"condition": condition}
-
-
-def record(cell, value, minutes=1.0):
-    rate = {"steps": 100, "ms_per_clip": minutes * 60000 / 1600}
-    return {
-        "schema": cells.SCHEMA,
-        "cell": cell.name,
-        "budget": "cpu",
-        "command": f"rerun {cell.name}",
-        "revision": REVISION,
-        "commit": "abc",
-        "seconds_of_last_call": 1.0,
-        "config": {"train": {"batch_size": 16}},
-        "evaluation": evaluation(value, seed=cell.seed),
-        "decisions": {network: answers(value, cell.seed) for network in ("student", "teacher")},
-        "parameters": 10**6,
-        "flops_per_clip": {"annotate": 1e6, "student": 3e6},
-        "training": {"student": rate},
-    }
 
 
 def planned(seeds=3):
@@ -445,47 +378,6 @@ def test_cells_of_another_revision_of_the_method_are_refused(finished, tmp_path)
     path.write_text(json.dumps(old))
     with pytest.raises(ValueError, match=rf"{cell.name} was made by revision {REVISION - 1} of the method"):
         cells.read_cell(cell, finished, "cpu")
-
-
-def test_the_sweep_never_sees_test_clips_and_keeps_the_best_rate(tmp_path, capsys):
-    plan = grid.plan_sweep(["bert", "dilbert"])
-    assert len(plan) == 2 * len(grid.SWEEP_RATES) and {c.seed for c in plan} == {grid.SWEEP_SEED}
-    assert grid.parse_cell(plan[0].name) == plan[0]
-    config = grid.cell_config(plan[0], "cpu")
-    assert config.optimizer.learning_rate == grid.SWEEP_RATES[0] and not config.train.evaluate_after
-    for cell in plan:
-        folder = cells.workdir_of(cell, tmp_path)
-        folder.mkdir(parents=True)
-        value = 0.5 if cell.rate == (2e-3 if cell.system == "bert" else 1e-3) else 0.4
-        (folder / "cell.json").write_text(json.dumps(record(cell, value)))
-    options = ["--sweep", "--systems=bert,dilbert", "--budget=cpu", "--report"]
-    assert command.main([*options, f"--output={tmp_path}"]) == 0
-    content = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))
-    assert content["kept"] == {"bert": 2e-3, "dilbert": 1e-3}
-    text = (tmp_path / "sweep.md").read_text(encoding="utf-8")
-    assert "| BERT | 0.400 | 0.400 | 0.500 | 0.002 |" in text
-    assert "| DILBERT's teacher | 0.400 | 0.500 | 0.400 |  |" in text
-    assert "6 of 6 cells" in text and "validation clips of phantom/large, commit abc, device cpu" in text
-
-
-def test_a_sweep_goes_on_elsewhere_and_keeps_no_rate_before_its_end(tmp_path, capsys):
-    plan = grid.plan_sweep(["bert", "hero"])
-    first, second = tmp_path / "first", tmp_path / "second"
-    for cell in plan[:-1]:
-        folder = cells.workdir_of(cell, first)
-        folder.mkdir(parents=True)
-        (folder / "cell.json").write_text(json.dumps(record(cell, 0.4)))
-    diverged = {k: v for k, v in record(plan[0], 0.4).items() if k != "evaluation"} | {"diverged": "loss"}
-    (cells.workdir_of(plan[0], first) / "cell.json").write_text(json.dumps(diverged))
-    options = ["--sweep", "--systems=bert,hero", "--budget=cpu", "--report"]
-    assert command.main([*options, f"--output={first}"]) == 0
-    assert command.main([*options, f"--output={second}", f"--reuse={first / 'sweep.json'}"]) == 0
-    assert "5 cells taken" in capsys.readouterr().out
-    for folder in (first, second):
-        assert json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["kept"] == {"bert": 1e-3}
-        text = (folder / "sweep.md").read_text(encoding="utf-8")
-        assert "| BERT | diverged | 0.400 | 0.400 | 0.001 |" in text
-        assert "| HERO | 0.400 | 0.400 | – |  |" in text and "5 of 6 cells" in text
 
 
 # -- cells -----------------------------------------------------------------------------------------------------
