@@ -29,7 +29,9 @@ SWEEP_RATES = (5e-4, 1e-3, 2e-3)
 SWEEP_DATASET, SWEEP_SEED = "phantom", 100
 
 # What the sweep chose where it is not the budget's rate, by budget and system (docs/results/sweep.md).
-LEARNING_RATES: dict[str, dict[str, float]] = {"cpu": {"cbt": 2e-3, "hero": 2e-3, "mmft_bert": 2e-3}}
+LEARNING_RATES: dict[str, dict[str, float]] = {
+    "cpu": {"cbt": 2e-3, "hero": 2e-3, "mmft_bert": 2e-3, "actbert": 2e-3}
+}
 
 # What each set needs: its own folder, folds where it has no split of its own (a seed tests one of them), lengths.
 DATASETS: dict[str, dict[str, Any]] = {
