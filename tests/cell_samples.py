@@ -1,9 +1,13 @@
 """Records of cells that never ran: what the tables, claims and the sweep read."""
 
+import json
+import pathlib
+
 import numpy as np
 
 from dilbert_jax.config import REVISION
-from dilbert_jax.reproduce import cells
+from dilbert_jax.models import SYSTEMS
+from dilbert_jax.reproduce import cells, grid
 
 
 def evaluation(value, chance=0.2, seed=0):
@@ -72,3 +76,21 @@ def record(cell, value, minutes=1.0):
         "flops_per_clip": {"annotate": 1e6, "student": 3e6},
         "training": {"student": rate},
     }
+
+
+def planned(seeds=3):
+    return grid.plan(grid.TABLES, (), ["phantom"], range(seeds), list(SYSTEMS))
+
+
+def finish(output: pathlib.Path) -> None:
+    """Writes the records of a grid in which DILBERT is clearly best and BERT is no better than chance."""
+    rng = np.random.default_rng(0)
+    levels = {"dilbert": 0.8, "bert": 0.2}
+    for cell in planned():
+        value = levels.get(cell.system, 0.5) + 0.005 * rng.standard_normal() + 0.02 * cell.seed
+        minutes = {"videobert": 9.0, "dilbert": 5.0, "actbert": 4.9}.get(cell.system, 1.0) * rng.uniform(
+            0.99, 1.01
+        )
+        folder = cells.workdir_of(cell, output)
+        folder.mkdir(parents=True)
+        (folder / "cell.json").write_text(json.dumps(record(cell, float(value), minutes)))

@@ -76,6 +76,15 @@ def params(experiment: Any) -> Any:
     return experiment.context.init_params(jax.random.key(0))
 
 
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """The folder of a finished reproduction in which DILBERT is clearly best and BERT is no better than chance."""
+    from cell_samples import finish
+
+    finish(tmp_path)
+    return tmp_path
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what needs the shared run of two networks; skips marked tests whose precondition is absent."""
