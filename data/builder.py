@@ -45,8 +45,11 @@ class UltrasoundBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
       SPLIT_FRACTIONS, SPLIT_SEED: how groups without an official split are cut.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {
+        "1.0.0": "First version.",
+        "2.0.0": "The split by group no longer depends on the kind of CPU.",
+    }
     TITLE: ClassVar[str] = ""
     SOURCE: ClassVar[str] = ""
     LICENCE: ClassVar[str] = ""

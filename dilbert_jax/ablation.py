@@ -100,8 +100,9 @@ def copy_stages(source: pathlib.Path, workdir: pathlib.Path, config: ml_collecti
     temporary.mkdir(parents=True)
     for stage in stages:
         shutil.copytree(source / "checkpoints" / stage, temporary / "checkpoints" / stage)
-    for name in ("vocab.txt", "labels.json"):
-        shutil.copy(source / name, temporary / name)
+    for name in ("vocab.txt", "labels.json", "splits.json"):
+        if (source / name).exists():
+            shutil.copy(source / name, temporary / name)
     save_config(config, temporary / "config.json")
     rows = [r for r in read_metrics(source / "metrics.jsonl") if r["stage"] in stages]
     (temporary / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")

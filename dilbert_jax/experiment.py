@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
 import pathlib
@@ -139,7 +140,7 @@ def open_experiment(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
     """Prepares the data set when needed, and creates or reopens a run in `workdir`.
 
     Raises:
-      ValueError: the workdir holds a run with another configuration.
+      ValueError: the workdir holds a run with another configuration, or of data that were split otherwise.
     """
     data = config.data
     workdir.mkdir(parents=True, exist_ok=True)
@@ -171,6 +172,7 @@ def open_experiment(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
         stored_frames=data.stored_frames,
     )
     indices = _split(store, data)
+    _check_same_split(store, indices, workdir)
     tokenizer = _open_tokenizer(config, workdir, [store.studies[i].report for i in indices["train"]])
     _warn_of_untaught_classes(store, indices["train"], data)
     _warn_of_cut_reports(store, indices["train"], tokenizer, data)
@@ -234,6 +236,39 @@ def _split(store: ClipStore, data: ml_collections.ConfigDict) -> dict[str, np.nd
         name: np.asarray([i for i, s in enumerate(studies) if s.split == name], np.int64)
         for name in splits.SPLITS
     }
+
+
+def _check_same_split(store: ClipStore, indices: dict[str, np.ndarray], workdir: pathlib.Path) -> None:
+    """Keeps a digest of which studies are in which split; refuses a run that began with others.
+
+    Data that were prepared anew may be split otherwise, and then a run would be tested on what it was trained on.
+    """
+    path = workdir / "splits.json"
+    found = {}
+    for name, part in indices.items():
+        ids = "\n".join(sorted(store.studies[i].study_id for i in part))
+        found[name] = {"studies": len(part), "sha256": hashlib.sha256(ids.encode()).hexdigest()}
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        differ = [name for name in found if kept[name] != found[name]]
+        if differ:
+            raise ValueError(
+                f"{path}: this run began with other studies for {', '.join(differ)}, and would be tested on what it "
+                "was trained on; name another --workdir, or prepare the data as they were"
+            )
+        return
+    if (workdir / "labels.json").exists():
+        _log.warning(
+            "%s holds a run without splits.json (it came from an earlier version or from elsewhere): whether the "
+            "splits are those that it was trained with cannot be told",
+            workdir,
+        )
+        return
+
+    def save(to: pathlib.Path) -> None:
+        to.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+    _save_whole(save, path)
 
 
 def _warn_of_untaught_classes(

@@ -44,7 +44,7 @@ def split_by_group(
     official_splits: Sequence[str] | None = None,
     study_ids: Sequence[str] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Assigns whole groups to splits, balancing the strata; the same for any order of the input.
+    """Assigns whole groups to splits, balancing the strata; the same for any order of the input and on any CPU.
 
     Groups that the source itself assigns to "validation" or "test" stay there. Officially "train" groups are
     cut into train and validation when the source has no validation split. All other groups are free. Free
@@ -82,7 +82,9 @@ def split_by_group(
 
     shares = allowed * np.asarray(list(fractions.values()))
     shares /= shares.sum(axis=1, keepdims=True)
-    lacking = shares.T @ counts  # [splits, strata]: studies that each split still lacks
+    # Studies that each split still lacks, [splits, strata]. No matrix product: BLAS adds in an order of its own on
+    # every kind of CPU, and where splits lack equally many, rounding decides.
+    lacking = np.add.reduce(shares[:, :, None] * counts[:, None, :], axis=0)
     weight = 1.0 / counts.sum(axis=0)
     order = np.random.default_rng(seed).permutation(len(names))
     order = order[np.argsort(-counts[order].sum(axis=1), kind="stable")]

@@ -124,7 +124,7 @@ def test_preparation_is_reproducible_and_described(tmp_path, source):
     second.download_and_prepare()
     assert first.preparation() == second.preparation()
     assert sum(s["conditions"].get("normal", 0) for s in first.preparation()["splits"].values()) == 3
-    card = (tmp_path / "a/busi/1.0.0/DATASET_CARD.md").read_text(encoding="utf-8")
+    card = (tmp_path / "a/busi/2.0.0/DATASET_CARD.md").read_text(encoding="utf-8")
     assert "Licence: CC BY 4.0" in card and "| lesion | 8 |" in card and "Kept 10 studies" in card
     assert "tmp" not in json.dumps(first.preparation()).replace("timestamp", "")
 

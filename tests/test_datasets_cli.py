@@ -106,10 +106,10 @@ def test_second_prepare_does_no_work_and_changes_are_noticed(folders, monkeypatc
 
 
 def test_the_folder_of_a_set_with_configurations_is_made(tmp_path):
-    fresh = tmp_path / "fresh" / "phantom" / "default" / "1.0.0"
+    fresh = tmp_path / "fresh" / "phantom" / "default" / "2.0.0"
     fresh.mkdir(parents=True)
     (fresh / "data").write_text("new")
-    folder = tmp_path / "prepared" / "phantom" / "default" / "1.0.0"
+    folder = tmp_path / "prepared" / "phantom" / "default" / "2.0.0"
     for _ in range(2):  # into nothing, then over the earlier one
         datasets._replace_folder(folder, fresh, tmp_path / "earlier")
         assert (folder / "data").read_text() == "new"
@@ -172,7 +172,7 @@ def test_failed_preparation_leaves_the_earlier_one(folders, monkeypatch, spoil, 
             datasets.prepare("busi", source, strict=True, progress=False)
     assert {p: p.read_bytes() for p in prepared.rglob("*") if p.is_file()} == before
     assert [p.name for p in prepared.iterdir()] == ["busi"]
-    assert [p.name for p in (prepared / "busi").iterdir()] == ["1.0.0"]
+    assert [p.name for p in (prepared / "busi").iterdir()] == ["2.0.0"]
     assert len(list(datasets.load_records("busi", progress=False))) == 10
 
 
@@ -210,7 +210,7 @@ def test_prepare_names_what_it_skipped_the_rarest_reason_first(folders, capsys):
     named = [line for line in lines if ".png: " in line]
     assert len(named) == 10 and "benign (3).png: is no DICOM, video or image file" in named[0]
     assert "benign (20).png: lesion image without a mask" in named[1]
-    assert f"  list  {prepared / 'busi' / '1.0.0' / 'preparation.json'}" in lines
+    assert f"  list  {prepared / 'busi' / '2.0.0' / 'preparation.json'}" in lines
 
 
 def test_strict_reads_again_and_stops(folders, capsys):

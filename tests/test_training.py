@@ -135,6 +135,20 @@ def test_a_workdir_of_another_configuration_is_refused(experiment, tmp_path):
         open_experiment(config, tmp_path)
 
 
+def test_a_run_is_not_tested_on_what_another_split_trained_it_on(experiment, tmp_path, caplog):
+    config, path = load_config_of(experiment), tmp_path / "splits.json"
+    opened = open_experiment(config, tmp_path)
+    kept = json.loads(path.read_text("utf-8"))
+    assert [kept[name]["studies"] for name in kept] == [len(part) for part in opened.indices.values()]
+    assert not caplog.records
+    path.write_text(json.dumps({**kept, "test": kept["validation"]}), "utf-8")
+    with pytest.raises(ValueError, match=r"splits\.json: .* other studies for test, .*--workdir"):
+        open_experiment(config, tmp_path)
+    path.unlink()  # as of an earlier version
+    open_experiment(config, tmp_path)
+    assert "cannot be told" in caplog.text and not path.exists()
+
+
 def load_config_of(experiment):
     return experiment.context.config.copy_and_resolve_references()
 

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import tensorflow_datasets as tfds
-
 from dilbert_jax.data.builder import UltrasoundBuilder
 from dilbert_jax.data.reading import describe_folder, read_for_storage, resolve_inside
 from dilbert_jax.data.record import LANGUAGES, SPLITS, Record, Region, StudyEntry
@@ -27,8 +25,10 @@ MAX_LINE = 2**20  # characters; a study's line holds a report and paths
 class Builder(UltrasoundBuilder):
     """One study per manifest line; groups are patients."""
 
-    VERSION = tfds.core.Version("1.1.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.1.0": "Weak labels: normal only where the report says so."}
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {
+        **UltrasoundBuilder.RELEASE_NOTES,
+        "1.1.0": "Weak labels: normal only where the report says so.",
+    }
     READS_REPORTS: ClassVar[bool] = True
     TITLE: ClassVar[str] = "Hospital export (AHJUUI layout)"
     SOURCE: ClassVar[str] = "your own export: a folder with manifest.jsonl (docs/data.md)"

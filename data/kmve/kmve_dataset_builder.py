@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import tensorflow_datasets as tfds
-
 from dilbert_jax.data.builder import UltrasoundBuilder
 from dilbert_jax.data.grouping import merge_groups
 from dilbert_jax.data.reading import describe_folder, find_root, hash_file, read_for_storage, resolve_inside
@@ -27,8 +25,10 @@ OFFICIAL_SPLITS = {"train": "train", "val": "test", "test": "test"}
 class Builder(UltrasoundBuilder):
     """One study per report; the official validation part is the test split, train is cut further."""
 
-    VERSION = tfds.core.Version("1.1.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.1.0": "Weak labels: normal only where the report says so."}
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {
+        **UltrasoundBuilder.RELEASE_NOTES,
+        "1.1.0": "Weak labels: normal only where the report says so.",
+    }
     READS_REPORTS: ClassVar[bool] = True
     TITLE: ClassVar[str] = "KMVE (Chinese ultrasound reports)"
     SOURCE: ClassVar[str] = (

@@ -32,8 +32,6 @@ class PhantomConfig(tfds.core.BuilderConfig):
 class Builder(UltrasoundBuilder):
     """Simulated B-mode cine clips of seven organs with reports in English and Chinese."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
     BUILDER_CONFIGS: ClassVar[list[PhantomConfig]] = [
         PhantomConfig(name="default", description="360 patients, 480 clips."),
         PhantomConfig(name="small", description="63 patients, 84 clips, for tests.", num_patients=63),

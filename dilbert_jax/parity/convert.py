@@ -29,7 +29,13 @@ except ImportError as error:
     raise ImportError(MISSING_EXTRA) from error
 
 FORMAT_VERSION = "1"
-RUN_FILES = ("vocab.txt", "labels.json", "thresholds.json", "config.json")  # the last makes the folder a run
+RUN_FILES = (
+    "vocab.txt",
+    "labels.json",
+    "splits.json",
+    "thresholds.json",
+    "config.json",
+)  # the last makes it a run
 PICKLE_ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 
