@@ -250,7 +250,7 @@ def _check_same_split(store: ClipStore, indices: dict[str, np.ndarray], workdir:
         found[name] = {"studies": len(part), "sha256": hashlib.sha256(ids.encode()).hexdigest()}
     if path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
-        differ = [name for name in found if kept[name] != found[name]]
+        differ = [name for name in found if kept.get(name) != found[name]]
         if differ:
             raise ValueError(
                 f"{path}: this run began with other studies for {', '.join(differ)}, and would be tested on what it "
