@@ -100,7 +100,7 @@ def copy_stages(source: pathlib.Path, workdir: pathlib.Path, config: ml_collecti
     temporary.mkdir(parents=True)
     for stage in stages:
         shutil.copytree(source / "checkpoints" / stage, temporary / "checkpoints" / stage)
-    for name in ("vocab.txt", "labels.json", "splits.json"):
+    for name in ("vocab.txt", "labels.json", "splits.json", "commits.txt"):
         if (source / name).exists():
             shutil.copy(source / name, temporary / name)
     save_config(config, temporary / "config.json")

@@ -3,50 +3,98 @@
 import json
 
 import pytest
-from cell_samples import record
+from cell_samples import evaluation, record
 
+from dilbert_jax.config import load_config, save_config
 from dilbert_jax.reproduce import __main__ as command
 from dilbert_jax.reproduce import cells, grid
 
 pytestmark = pytest.mark.xdist_group("reproduce")
 
 
-def test_the_sweep_never_sees_test_clips_and_keeps_the_best_rate(tmp_path, capsys):
-    plan = grid.plan_sweep(["bert", "dilbert"])
-    assert len(plan) == 2 * len(grid.SWEEP_RATES) and {c.seed for c in plan} == {grid.SWEEP_SEED}
-    assert grid.parse_cell(plan[0].name) == plan[0]
-    config = grid.cell_config(plan[0], "cpu")
-    assert config.optimizer.learning_rate == grid.SWEEP_RATES[0] and not config.train.evaluate_after
+def swept_record(cell, pretraining, annotation):
+    """A record whose mean over tasks and annotation is `pretraining`."""
+    swept = record(cell, (5 * pretraining - annotation) / 4)
+    for network in swept["evaluation"]["networks"].values():
+        network["annotation"] = evaluation(annotation)["networks"]["student"]["annotation"]
+    return swept
+
+
+def test_the_sweep_never_sees_test_clips_and_keeps_the_best_rates(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(grid.LEARNING_RATES, "cpu", {"bert": (2e-3, 1e-3)})
+    plan = grid.plan_sweep(["bert", "dilbert"], "cpu")
+    assert len(plan) == 2 * (len(grid.PRETRAINING_RATES) + len(grid.FINETUNING_RATES) - 1) and {
+        c.seed for c in plan
+    } == {grid.SWEEP_SEED}
+    assert [grid.parse_cell(cell.name) for cell in plan] == plan
+    assert plan[3].name == "phantom/bert/matched@0.002+0.0005/100"
+    config = grid.cell_config(plan[3], "cpu")
+    assert (config.optimizer.learning_rate, config.train.finetune_rate_scale) == (2e-3, 0.25)
+    assert not config.train.evaluate_after
+    table = grid.cell_config(grid.parse_cell("phantom/bert/matched/0"), "cpu")
+    assert (table.optimizer.learning_rate, table.train.finetune_rate_scale) == (2e-3, 0.5)
     for cell in plan:
         folder = cells.workdir_of(cell, tmp_path)
         folder.mkdir(parents=True)
-        value = 0.5 if cell.rate == (2e-3 if cell.system == "bert" else 1e-3) else 0.4
-        (folder / "cell.json").write_text(json.dumps(record(cell, value)))
+        pretraining = 0.5 if cell.rates[0] == (2e-3 if cell.system == "bert" else 1e-3) else 0.4
+        annotation = 0.7 if cell.rates[1] == (1e-3 if cell.system == "bert" else 5e-4) else 0.3
+        (folder / "cell.json").write_text(json.dumps(swept_record(cell, pretraining, annotation)))
     options = ["--sweep", "--systems=bert,dilbert", "--budget=cpu", "--report"]
     assert command.main([*options, f"--output={tmp_path}"]) == 0
     content = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))
-    assert content["kept"] == {"bert": 2e-3, "dilbert": 1e-3}
+    assert content["kept"] == {
+        "pre-training": {"bert": 2e-3, "dilbert": 1e-3},
+        "fine-tuning": {"bert": 1e-3, "dilbert": 5e-4},
+    }
     text = (tmp_path / "sweep.md").read_text(encoding="utf-8")
     assert "| BERT | 0.400 | 0.400 | 0.500 | 0.002 |" in text
     assert "| DILBERT's teacher | 0.400 | 0.500 | 0.400 |  |" in text
-    assert "6 of 6 cells" in text and "validation clips of phantom/large, commit abc, device cpu" in text
+    assert "| BERT | 0.002 | 0.300 | 0.700 | 0.300 | 0.300 | 0.001 |" in text
+    assert "| DILBERT | 0.001 | 0.700 | 0.300 | 0.300 | 0.300 | 0.0005 |" in text
+    assert "12 of 12 cells" in text and "validation clips of phantom/large, commit abc, device cpu" in text
+
+
+def test_cells_that_only_fine_tune_otherwise_start_from_one_pre_training(tmp_path):
+    system = "cbt"
+    first, second = (
+        grid.parse_cell(f"phantom/{system}/matched@{rates}/100") for rates in ("0.001", "0.001+0.002")
+    )
+    source, folder = cells.workdir_of(first, tmp_path), cells.workdir_of(second, tmp_path)
+    (source / "checkpoints" / "student" / "9").mkdir(parents=True)
+    (source / "checkpoints" / "finetune" / "9").mkdir(parents=True)
+    save_config(grid.cell_config(first, "cpu"), source / "config.json")
+    (source / "metrics.jsonl").write_text('{"stage": "student"}\n{"stage": "finetune"}\n')
+    (source / "commits.txt").write_text("abc\n")
+    (source / "cell.json").write_text(json.dumps(record(first, 0.4)))
+    cells.take_pretraining(second, tmp_path, "cpu")
+    assert not folder.exists()  # the other's training is not complete
+    (source / "complete.json").write_text("{}")
+    cells.take_pretraining(first, tmp_path, "cpu")
+    cells.take_pretraining(second, tmp_path, "cpu")
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["student"]
+    assert load_config(folder / "config.json").to_dict() == grid.cell_config(second, "cpu").to_dict()
+    assert (folder / "metrics.jsonl").read_text() == '{"stage": "student"}\n'
+    assert (folder / "commits.txt").read_text() == "abc\n"
 
 
 def test_a_sweep_goes_on_elsewhere_and_keeps_no_rate_before_its_end(tmp_path, capsys):
-    plan = grid.plan_sweep(["bert", "hero"])
+    plan = grid.plan_sweep(["bert", "hero"], "cpu")
     first, second = tmp_path / "first", tmp_path / "second"
-    for cell in plan[:-1]:
+    missing = grid.parse_cell(f"phantom/hero/matched@0.002/{grid.SWEEP_SEED}")
+    for cell in plan:
         folder = cells.workdir_of(cell, first)
         folder.mkdir(parents=True)
-        (folder / "cell.json").write_text(json.dumps(record(cell, 0.4)))
+        if cell != missing:
+            (folder / "cell.json").write_text(json.dumps(record(cell, 0.4)))
     diverged = {k: v for k, v in record(plan[0], 0.4).items() if k != "evaluation"} | {"diverged": "loss"}
     (cells.workdir_of(plan[0], first) / "cell.json").write_text(json.dumps(diverged))
     options = ["--sweep", "--systems=bert,hero", "--budget=cpu", "--report"]
     assert command.main([*options, f"--output={first}"]) == 0
     assert command.main([*options, f"--output={second}", f"--reuse={first / 'sweep.json'}"]) == 0
-    assert "5 cells taken" in capsys.readouterr().out
+    assert "11 cells taken" in capsys.readouterr().out
     for folder in (first, second):
-        assert json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["kept"] == {"bert": 1e-3}
+        kept = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["kept"]
+        assert kept["pre-training"] == {"bert": 1e-3}
         text = (folder / "sweep.md").read_text(encoding="utf-8")
         assert "| BERT | diverged | 0.400 | 0.400 | 0.001 |" in text
-        assert "| HERO | 0.400 | 0.400 | – |  |" in text and "5 of 6 cells" in text
+        assert "| HERO | 0.400 | 0.400 | – |  |" in text and "11 of 12 cells" in text

@@ -22,7 +22,13 @@ from dilbert_jax.console import log_to_console
 from dilbert_jax.huge_pages import request_huge_pages
 from dilbert_jax.models import SYSTEMS, find_system
 from dilbert_jax.quick_compile import quick_compilation
-from dilbert_jax.reproduce.cells import read_cell, reuse_records, run_cells, workdir_of
+from dilbert_jax.reproduce.cells import (
+    read_cell,
+    reuse_records,
+    run_cells,
+    take_pretraining,
+    workdir_of,
+)
 from dilbert_jax.reproduce.grid import (
     BUDGETS,
     DATASETS,
@@ -75,7 +81,8 @@ def run_side_by_side(cells: Sequence[Cell], jobs: int, budget: str, output: path
       ValueError: some of them failed; the others are finished.
     """
     waiting = [cell for cell in cells if read_cell(cell, output, budget) is None]
-    waiting.sort(key=lambda cell: (cell.seed, -expected_minutes([cell], budget)))
+    # What the sweep only fine-tunes otherwise starts from the others.
+    waiting.sort(key=lambda c: (c.seed, len(set(c.rates or ())), -expected_minutes([c], budget)))
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     shares = [cores[job::jobs] for job in range(jobs)]
     running: dict[Cell, tuple[subprocess.Popen[bytes], list[int]]] = {}
@@ -112,6 +119,7 @@ def _log_of(cell: Cell, output: pathlib.Path) -> pathlib.Path:
 def _start(cell: Cell, share: Sequence[int], budget: str, output: pathlib.Path) -> subprocess.Popen[bytes]:
     """A process that runs one cell on some cores (none = on any)."""
     path = _log_of(cell, output)
+    take_pretraining(cell, output, budget)
     path.parent.mkdir(parents=True, exist_ok=True)
     line = [sys.executable, "-m", "dilbert_jax.reproduce", f"--budget={budget}", f"--output={output}"]
     with path.open("a", encoding="utf-8") as log:
@@ -170,7 +178,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             find_system(name)
         seeds = range(BUDGETS[args.budget].seeds if args.seeds is None else args.seeds)
         number, count = _shard(args.shard)
-        cells = plan_sweep(systems) if args.sweep else plan(tables, figures, datasets, seeds, systems)
+        cells = (
+            plan_sweep(systems, args.budget)
+            if args.sweep
+            else plan(tables, figures, datasets, seeds, systems)
+        )
         wanted = [parse_cell(name) for name in args.cells.split(",")] if args.cells else cells
         wanted = part_of(wanted, number - 1, count, args.budget)
         if args.reuse:

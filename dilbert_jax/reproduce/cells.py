@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 
 from dilbert_jax import run
+from dilbert_jax.ablation import copy_stages
 from dilbert_jax.config import REVISION
 from dilbert_jax.evaluate import evaluate
 from dilbert_jax.experiment import Experiment, open_experiment
@@ -42,12 +44,13 @@ def run_cells(cells: Sequence[Cell], budget: str, output: pathlib.Path, command:
         folder = workdir_of(cell, output)
         _log.info("cell %d of %d: %s", number + 1, len(todo), cell.name)
         config = cell_config(cell, budget)
+        take_pretraining(cell, output, budget)
         again = f"{command} --cells={cell.name}"
         started = time.monotonic()
         trained_by = _note_commit(folder, code)
         try:
             run.train_and_report(config, folder, command=again)
-            if cell.rate is not None:  # the sweep must not look at test clips
+            if cell.rates is not None:  # the sweep must not look at test clips
                 evaluate(config, folder, split="validation", command=again, progress=False)
             record = _measure(cell, budget, folder)
         except run.NonFiniteLossError as error:
@@ -69,6 +72,15 @@ def run_cells(cells: Sequence[Cell], budget: str, output: pathlib.Path, command:
         }
         _write_record(record, folder)
         jax.clear_caches()  # the next cell compiles other programs
+
+
+def take_pretraining(cell: Cell, output: pathlib.Path, budget: str) -> None:
+    """Starts a cell of the sweep that only fine-tunes otherwise than a finished one with what that one pre-trained."""
+    if cell.rates is None or cell.rates[0] == cell.rates[1]:
+        return
+    source = dataclasses.replace(cell, rates=(cell.rates[0],) * 2)
+    if read_cell(source, output, budget) is not None and is_complete(workdir_of(source, output)):
+        copy_stages(workdir_of(source, output), workdir_of(cell, output), cell_config(cell, budget))
 
 
 def _note_commit(folder: pathlib.Path, code: str) -> str:

@@ -25,12 +25,20 @@ SHAPES = {"3L8H": (3, 8), "6L6H": (6, 6), "9L9H": (9, 9)}
 MAIN_SHAPE = "3L8H"  # of Tables V to VII
 
 # The sweep: every system at these learning rates, on this set and a seed of its own, judged on validation clips.
-SWEEP_RATES = (5e-4, 1e-3, 2e-3)
+PRETRAINING_RATES, FINETUNING_RATES = (5e-4, 1e-3, 2e-3), (5e-4, 1e-3, 2e-3, 4e-3)
 SWEEP_DATASET, SWEEP_SEED = "phantom", 100
 
-# What the sweep chose where it is not the budget's rate, by budget and system (docs/results/sweep.md).
-LEARNING_RATES: dict[str, dict[str, float]] = {
-    "cpu": {"cbt": 2e-3, "hero": 2e-3, "mmft_bert": 2e-3, "actbert": 2e-3}
+# What the sweep chose, of pre-training and of fine-tuning, by budget and system (docs/results/sweep.md). A system that
+# is not here has the budget's rate for both.
+LEARNING_RATES: dict[str, dict[str, tuple[float, float]]] = {
+    "cpu": {
+        "bert": (1e-3, 4e-3),
+        "cbt": (1e-3, 4e-3),
+        "hero": (1e-3, 2e-3),
+        "mmft_bert": (1e-3, 2e-3),
+        "actbert": (5e-4, 4e-3),
+        "dilbert": (1e-3, 4e-3),
+    }
 }
 
 # What each set needs: its own folder, folds where it has no split of its own (a seed tests one of them), lengths.
@@ -118,18 +126,20 @@ class Cell:
       dataset, system: a key of `DATASETS`, and a name that `find_system` knows.
       size: a key of `SHAPES`, or "matched": as many parameters as DILBERT has at `MAIN_SHAPE`.
       seed: of initialisation, order and masks; where the set has folds, it also says which is tested.
-      rate: learning rate of a cell of the sweep; None = the system's own (`LEARNING_RATES`, or the budget's).
+      rates: learning rates of pre-training and of fine-tuning of a cell of the sweep; None = the system's own.
     """
 
     dataset: str
     system: str
     size: str
     seed: int
-    rate: float | None = None
+    rates: tuple[float, float] | None = None
 
     @property
     def name(self) -> str:
-        swept = "" if self.rate is None else f"@{self.rate:g}"
+        swept = ""
+        if self.rates is not None:
+            swept = "@" + "+".join(f"{rate:g}" for rate in dict.fromkeys(self.rates))
         return f"{self.dataset}/{self.system}/{self.size}{swept}/{self.seed}"
 
 
@@ -140,7 +150,7 @@ def parse_cell(name: str) -> Cell:
       ValueError: no such cell.
     """
     parts = name.split("/")
-    size, _, rate = parts[2].partition("@") if len(parts) == 4 else ("", "", "")
+    size, _, swept = parts[2].partition("@") if len(parts) == 4 else ("", "", "")
     sizes = (*SHAPES, "matched")
     if len(parts) != 4 or parts[0] not in DATASETS or size not in sizes or not parts[3].isdigit():
         raise ValueError(
@@ -148,7 +158,9 @@ def parse_cell(name: str) -> Cell:
             f"{', '.join(sizes)}"
         )
     find_system(parts[1])
-    return Cell(parts[0], parts[1], size, int(parts[3]), float(rate) if rate else None)
+    pretraining, _, finetuning = swept.partition("+")
+    rates = (float(pretraining), float(finetuning or pretraining)) if swept else None
+    return Cell(parts[0], parts[1], size, int(parts[3]), rates)
 
 
 def plan(
@@ -171,10 +183,25 @@ def plan(
     return list(dict.fromkeys(cells))
 
 
-def plan_sweep(systems: Sequence[str]) -> list[Cell]:
-    """Every system at every rate of the sweep."""
+def plan_sweep(systems: Sequence[str], budget: str) -> list[Cell]:
+    """Every system at every rate of pre-training; then, pre-trained at that of `learning_rates`, at every other."""
     sizes = {s: MAIN_SHAPE if find_system(s).distilled else "matched" for s in systems}
-    return [Cell(SWEEP_DATASET, s, sizes[s], SWEEP_SEED, rate) for s in systems for rate in SWEEP_RATES]
+    rates = {s: [(rate, rate) for rate in PRETRAINING_RATES] for s in systems}
+    for system in systems:
+        rates[system] += [(learning_rates(system, budget)[0], rate) for rate in FINETUNING_RATES]
+    return [
+        Cell(SWEEP_DATASET, s, sizes[s], SWEEP_SEED, pair)
+        for s in systems
+        for pair in dict.fromkeys(rates[s])
+    ]
+
+
+def learning_rates(system: str, budget: str) -> tuple[float, float]:
+    """A system's peak learning rates of pre-training and of fine-tuning."""
+    default = BUDGETS[budget].fields.get(
+        "optimizer.learning_rate", default_config("tiny").optimizer.learning_rate
+    )
+    return LEARNING_RATES.get(budget, {}).get(system, (default, default))
 
 
 def cell_config(cell: Cell, budget: str) -> ml_collections.ConfigDict:
@@ -220,10 +247,10 @@ def cell_config(cell: Cell, budget: str) -> ml_collections.ConfigDict:
     }
     if system.distilled and cell.seed == 0:
         fields["train.weight_points"] = 12
-    if cell.rate is not None:
-        fields |= {"optimizer.learning_rate": cell.rate, "train.evaluate_after": False}
-    elif cell.system in LEARNING_RATES.get(budget, {}):
-        fields["optimizer.learning_rate"] = LEARNING_RATES[budget][cell.system]
+    pretraining, finetuning = cell.rates or learning_rates(cell.system, budget)
+    fields |= {"optimizer.learning_rate": pretraining, "train.finetune_rate_scale": finetuning / pretraining}
+    if cell.rates is not None:
+        fields["train.evaluate_after"] = False
     config.update_from_flattened_dict(fields)
     if config.data.folds:
         config.data.fold = cell.seed % config.data.folds

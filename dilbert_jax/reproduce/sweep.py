@@ -4,71 +4,115 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from dilbert_jax.models import find_system
 from dilbert_jax.reproduce.cells import read_cell
-from dilbert_jax.reproduce.grid import Cell
+from dilbert_jax.reproduce.grid import FINETUNING_RATES, PRETRAINING_RATES, Cell, learning_rates
 from dilbert_jax.reproduce.tables import TITLES
 
 HEADS = ("condition", "findings")
+# The tasks that every system pre-trains for, as the tables measure them.
+TASKS = {"mlm": "recall_at_10", "mdc": "recall_at_1", "moc": "recall_at_1", "cmm": "accuracy"}
 
 
 def write_sweep(cells: Sequence[Cell], budget: str, output: pathlib.Path, command: str) -> pathlib.Path:
-    """Writes sweep.md and sweep.json: macro F1 on validation clips, by system and rate.
+    """Writes sweep.md and sweep.json: what each system learned on validation clips, by learning rate.
 
-    A system whose cells are not all finished keeps no rate yet. sweep.json holds every finished cell, for `--reuse`.
+    Pre-training is judged by its tasks and by annotation after fine-tuning at the same rate, five figures of equal
+    weight; fine-tuning, after pre-training at the rate of `learning_rates`, by annotation. A system whose cells are not
+    all finished keeps no rate yet. sweep.json holds every finished cell, for `--reuse`.
     """
     found = {cell: record for cell in cells if (record := read_cell(cell, output, budget)) is not None}
-    rates = sorted({cell.rate for cell in cells if cell.rate is not None})
-    table: dict[str, dict[float, float | None]] = {}
-    rows: dict[str, list[str]] = {}
-    for cell in cells:
-        record = found.get(cell)
-        networks = record["evaluation"]["networks"] if record and "evaluation" in record else {}
-        scores = {name: _sweep_score(network["annotation"]) for name, network in networks.items()}
-        if record:
-            assert cell.rate is not None
-            table.setdefault(cell.system, {})[cell.rate] = scores.get("student")
-        title = TITLES.get(cell.system, cell.system)
-        for name, row in (("student", title), ("teacher", f"{title}'s teacher")):
-            if name == "student" or find_system(cell.system).distilled:
-                text = "–" if record is None else f"{scores[name]:.3f}" if scores else "diverged"
-                rows.setdefault(row, []).append(text)
-    chosen = {
-        system: max(scores, key=lambda rate: (scores[rate] or 0.0, -rate))
-        for system, scores in table.items()
-        if len(scores) == len(rates)
+    systems = list(dict.fromkeys(cell.system for cell in cells))
+    before = {cell: cell.rates[0] for cell in cells if cell.rates and cell.rates[0] == cell.rates[1]}
+    after = {
+        cell: cell.rates[1]
+        for cell in cells
+        if cell.rates and cell.rates[0] == learning_rates(cell.system, budget)[0]
     }
-    kept = {TITLES.get(system, system): f"{rate:g}" for system, rate in chosen.items()}
     lines = [
         f"# Learning rates by system (budget `{budget}`)",
         "",
-        f"`{command}`: every system once at each rate, the same budget.",
-        "Mean of the macro F1 of condition and findings on validation clips (one seed, which no table uses); the best",
-        "is kept, of DILBERT that of its student.",
-        "",
-        "| system | " + " | ".join(f"{rate:g}" for rate in rates) + " | kept |",
-        "|---" * (len(rates) + 2) + "|",
-        *(f"| {row} | {' | '.join(texts)} | {kept.get(row, '')} |" for row, texts in rows.items()),
-        "",
-        f"{len(found)} of {len(cells)} cells; {_sweep_data(found.values())}.",
+        f"`{command}`: every system once at each rate, the same budget, on one seed, which no table uses. The rate "
+        "with the best mean on validation clips is kept, of DILBERT that of its student.",
     ]
+    scores, kept = {}, {}
+    annotation = "macro F1 of condition and findings"
+    tasks = f"MLM R@10, MDC R@1, MOC R@1, accuracy of matching and, fine-tuned at the same rate, mean {annotation}"
+    for part, rates, asked, cells_of_part, score in (
+        ("pre-training", PRETRAINING_RATES, tasks, before, _pretraining_score),
+        ("fine-tuning", FINETUNING_RATES, annotation, after, _annotation_score),
+    ):
+        scores[part] = {system: _scores(system, cells_of_part, found, score) for system in systems}
+        kept[part] = {
+            system: max(by_rate, key=lambda rate: (by_rate[rate].get("student", 0.0), -rate))
+            for system, by_rate in scores[part].items()
+            if len(by_rate) == len(rates)
+        }
+        at = "" if part == "pre-training" else "pre-trained at | "
+        lines += [
+            "",
+            f"## {part.capitalize()}",
+            "",
+            f"Mean of {asked}.",
+            "",
+            f"| system | {at}" + " | ".join(f"{rate:g}" for rate in rates) + " | kept |",
+            "|---" * (len(rates) + (3 if at else 2)) + "|",
+        ]
+        for system in systems:
+            title = TITLES.get(system, system)
+            start = f"{learning_rates(system, budget)[0]:g} | " if at else ""
+            for network in ("student", "teacher")[: 1 + find_system(system).distilled]:
+                texts = [_text(scores[part][system].get(rate), network) for rate in rates]
+                best = f"{kept[part][system]:g}" if network == "student" and system in kept[part] else ""
+                row = f"{title}'s teacher" if network == "teacher" else title
+                lines.append(f"| {row} | {start}{' | '.join(texts)} | {best} |")
+    lines += ["", f"{len(found)} of {len(cells)} cells; {_sweep_data(found.values())}."]
     path = output / "sweep.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     # Validation answers clip by clip decide nothing here.
     records = [{k: v for k, v in record.items() if k != "decisions"} for record in found.values()]
-    content = {"command": command, "budget": budget, "scores": table, "kept": chosen, "cells": records}
+    content = {"command": command, "budget": budget, "scores": scores, "kept": kept, "cells": records}
     (output / "sweep.json").write_text(
         json.dumps(content, allow_nan=False, separators=(",", ":")), encoding="utf-8"
     )
     return path
 
 
-def _sweep_score(annotation: Mapping[str, Any]) -> float:
-    figures = [annotation[head]["macro"]["f1"]["value"] for head in HEADS]
-    return sum(figures) / len(figures)
+def _scores(
+    system: str,
+    rates: Mapping[Cell, float],
+    found: Mapping[Cell, Mapping[str, Any]],
+    score: Callable[[Mapping[str, Any]], float],
+) -> dict[float, dict[str, float]]:
+    """Of each finished cell of a system: rate -> network -> score; no networks where the loss diverged."""
+    return {
+        rate: {
+            name: score(network)
+            for name, network in found[cell].get("evaluation", {"networks": {}})["networks"].items()
+        }
+        for cell, rate in rates.items()
+        if cell.system == system and cell in found
+    }
+
+
+def _text(networks: Mapping[str, float] | None, network: str) -> str:
+    if networks is None:
+        return "–"
+    return f"{networks[network]:.3f}" if network in networks else "diverged"
+
+
+def _pretraining_score(network: Mapping[str, Any]) -> float:
+    tasks = [network["pretraining"][task][figure] for task, figure in TASKS.items()]
+    return float(np.mean([*tasks, _annotation_score(network)]))
+
+
+def _annotation_score(network: Mapping[str, Any]) -> float:
+    return float(np.mean([network["annotation"][head]["macro"]["f1"]["value"] for head in HEADS]))
 
 
 def _sweep_data(records: Iterable[Mapping[str, Any]]) -> str:
