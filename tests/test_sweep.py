@@ -1,11 +1,13 @@
 """The sweep over learning rates: what it may see, what it keeps, and how it goes on elsewhere."""
 
 import json
+import pathlib
 
 import pytest
 from cell_samples import evaluation, record
 
 from dilbert_jax.config import load_config, save_config
+from dilbert_jax.models import SYSTEMS
 from dilbert_jax.reproduce import __main__ as command
 from dilbert_jax.reproduce import cells, grid
 
@@ -98,3 +100,12 @@ def test_a_sweep_goes_on_elsewhere_and_keeps_no_rate_before_its_end(tmp_path, ca
         text = (folder / "sweep.md").read_text(encoding="utf-8")
         assert "| BERT | diverged | 0.400 | 0.400 | 0.001 |" in text
         assert "| HERO | 0.400 | 0.400 | – |  |" in text and "11 of 12 cells" in text
+
+
+def test_the_tables_use_the_rates_that_the_published_sweep_kept():
+    published = pathlib.Path(__file__).parents[1] / "docs" / "results" / "sweep.json"
+    kept = json.loads(published.read_text(encoding="utf-8"))["kept"]
+    assert set(kept["pre-training"]) == set(kept["fine-tuning"]) == set(SYSTEMS)
+    for system in SYSTEMS:
+        rates = kept["pre-training"][system], kept["fine-tuning"][system]
+        assert grid.learning_rates(system, "cpu") == rates
