@@ -7,7 +7,7 @@ import pathlib
 
 import ml_collections
 
-REVISION = 2  # of the method: raised when the same configuration gives another network or trains otherwise
+REVISION = 3  # of the method: raised when the same configuration gives another network or trains otherwise
 # Presets of the fusion encoder and the 3-D CNN. "base" is the paper's size (12 blocks, 768 hidden, 12 heads).
 MODEL_PRESETS: dict[str, dict[str, object]] = {
     "tiny": {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -266,3 +267,22 @@ def test_learned_positions_start_from_sinusoids(name):
     assert len(tables) >= 2
     for table in tables.values():
         np.testing.assert_array_equal(table, sinusoids(jax.random.key(0), table.shape))
+
+
+def module_path(path):
+    return "/".join(str(key.key) for key in path)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_matrices_of_the_transformers_start_as_berts(name):
+    """BERT's 0.02 at width 768, in proportion to 1/sqrt(width)."""
+    params = init_params(config=dataclasses.replace(CONFIG, name=name))
+    projection = r"(query|key|value)/dense|attention_output|intermediate|output"
+    found = ((module_path(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params))
+    matrices = [x for path, x in found if re.search(rf"({projection})/kernel$", path)]
+    assert len(matrices) >= 2 * 6
+    width = CONFIG.hidden_size
+    for matrix in matrices:
+        np.testing.assert_allclose(
+            matrix.std(), 0.02 * np.sqrt(768 / width), rtol=5 / np.sqrt(2 * matrix.size)
+        )

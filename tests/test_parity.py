@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CONFIG, NAMES, make_batch, tiny_run_config
+from tiny import CONFIG, NAMES, init_params, make_batch, tiny_run_config
 
 torch = pytest.importorskip("torch")
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
@@ -72,6 +72,17 @@ def padded_batch(seed=0):
     batch["classes_mask"][2] = False
     batch["report_classes_mask"][0] = False
     return batch
+
+
+def test_both_start_from_the_same_spread():
+    config = dataclasses.replace(FLAT, hidden_size=64, ffn_size=128)
+    found = TorchDilbert(config).state_dict()
+    wanted = names.to_torch(init_params(config=config), config)
+    matrices = {name: x for name, x in wanted.items() if x.ndim > 1 and x.size >= 500}
+    assert len(matrices) > 20
+    for name, x in matrices.items():
+        spread = float(found[name].std())
+        np.testing.assert_allclose(spread, x.std(), rtol=6 / np.sqrt(x.size), err_msg=name)
 
 
 def shapes_of(config):

@@ -18,6 +18,15 @@ Dense = functools.partial(nn.Dense, dot_general=gathered_dot("fsdp", None))
 TO_TENSOR, FROM_TENSOR = gathered_dot("fsdp", "tensor"), gathered_dot("tensor", "fsdp")
 
 
+def bert_init(width: int) -> nn.initializers.Initializer:
+    """How a matrix of a transformer of this width starts: as BERT's, in proportion to 1/sqrt(width).
+
+    BERT draws with deviation 0.02 at width 768. Flax's default is about twice that, and deep networks then learn
+    masked words late or never (docs/reproduction.md).
+    """
+    return nn.initializers.normal(0.02 * (768 / width) ** 0.5)
+
+
 def at_least_float32(dtype: Any) -> Any:
     """The type for softmax, logits and geometry: float32, or float64 where the network computes in it."""
     return jnp.promote_types(dtype, jnp.float32)
@@ -54,7 +63,13 @@ class HeadsProjection(nn.Module):
     def __call__(self, x: Array) -> Array:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden size {self.hidden_size} is not divisible by {self.num_heads} heads")
-        y = nn.Dense(self.hidden_size, dtype=self.dtype, dot_general=TO_TENSOR, name="dense")(x)
+        y = nn.Dense(
+            self.hidden_size,
+            dtype=self.dtype,
+            kernel_init=bert_init(x.shape[-1]),
+            dot_general=TO_TENSOR,
+            name="dense",
+        )(x)
         y = y.reshape(*y.shape[:-1], self.num_heads, self.hidden_size // self.num_heads)
         return constrain(y, BATCH, None, "tensor")
 
@@ -70,15 +85,14 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, residual: Array, context: Array, deterministic: bool) -> Array:
         """residual [B, S, D], context [B, S, N, K] -> [B, S, D]."""
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=bert_init(self.hidden_size))
         context = context.reshape(*context.shape[:-2], context.shape[-2] * context.shape[-1])
-        y = nn.Dense(self.hidden_size, dtype=self.dtype, dot_general=FROM_TENSOR, name="attention_output")(
-            context
-        )
+        y = dense(self.hidden_size, dot_general=FROM_TENSOR, name="attention_output")(context)
         y = nn.Dropout(self.dropout)(y, deterministic=deterministic)
         x = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="attention_norm")(residual + y)
-        y = nn.Dense(self.ffn_size, dtype=self.dtype, dot_general=TO_TENSOR, name="intermediate")(x)
+        y = dense(self.ffn_size, dot_general=TO_TENSOR, name="intermediate")(x)
         y = nn.gelu(constrain(y, BATCH, None, "tensor"), approximate=False)
-        y = nn.Dense(self.hidden_size, dtype=self.dtype, dot_general=FROM_TENSOR, name="output")(y)
+        y = dense(self.hidden_size, dot_general=FROM_TENSOR, name="output")(y)
         y = nn.Dropout(self.dropout)(y, deterministic=deterministic)
         return constrain(nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="output_norm")(x + y), BATCH)
 

@@ -17,6 +17,7 @@ from dilbert_jax.parity.torch_layers import (
     ClassHead,
     DescriptionEmbedding,
     EntityEmbedding,
+    FeedForward,
     MatchHead,
     Pooler,
     RegionEmbedding,
@@ -37,6 +38,8 @@ try:
     from torch import Tensor, nn
 except ImportError as error:
     raise ImportError(MISSING_EXTRA) from error
+
+TRUNCATED_STD = 0.87962566  # of a normal distribution cut at two standard deviations
 
 
 def check_supported(config: NetworkConfig) -> None:
@@ -131,17 +134,20 @@ class TorchDilbert(nn.Module):
         self.to(getattr(torch, c.dtype))
 
     def reset_parameters(self) -> None:
-        """Draws weights as the JAX model does, up to the truncation's correction, and takes its positions."""
+        """Draws weights as the JAX model does, and takes its positions."""
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
             elif isinstance(module, (nn.Linear, nn.Conv3d)):
                 fan_in = module.weight[0].numel()
                 gain = 2.0 if isinstance(module, nn.Conv3d) and module.stride == (1, 1, 1) else 1.0
-                std = (gain / fan_in) ** 0.5
+                std = (gain / fan_in) ** 0.5 / TRUNCATED_STD
                 nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        blocks = (m for m in self.modules() if isinstance(m, (TangledBlock, FeedForward)))
+        for linear in (m for block in blocks for m in block.modules() if isinstance(m, nn.Linear)):
+            nn.init.normal_(linear.weight, std=0.02 * (768 / self.config.hidden_size) ** 0.5)
         nn.init.normal_(self.cmm.weight, std=0.02)
         for positions in (self.entity_embedding.position.weight, self.description_embedding.position):
             if positions is not None:
