@@ -95,7 +95,6 @@ LEAVES = {
     "embedding": (("embedding", "weight", "same"),),
     "parameter": (("", "", "same"),),
 }
-FEW = 20  # problems in one message
 # Layout -> what becomes of the axes, for readers.
 LAYOUTS = {
     "same": "unchanged",
@@ -233,8 +232,7 @@ def _set_differences(wanted: set[str], found: set[str]) -> list[str]:
 
 def _raise_if_any(problems: list[str], what: str) -> None:
     if problems:
-        shown = problems[:FEW] + [f"and {len(problems) - FEW} more"] * (len(problems) > FEW)
-        raise ValueError(f"the {what} do not fit the network: {'; '.join(shown)}")
+        raise ValueError(f"the {what} do not fit the network: {'; '.join(problems)}")
 
 
 def _split(shape: tuple[int, ...], layout: str, config: NetworkConfig) -> tuple[int, ...]:
