@@ -25,7 +25,7 @@ SHAPES = {"3L8H": (3, 8), "6L6H": (6, 6), "9L9H": (9, 9)}
 MAIN_SHAPE = "3L8H"  # of Tables V to VII
 
 # The sweep: every system at these learning rates, on this set and a seed of its own, judged on validation clips.
-PRETRAINING_RATES, FINETUNING_RATES = (5e-4, 1e-3, 2e-3), (5e-4, 1e-3, 2e-3, 4e-3)
+PRETRAINING_RATES, FINETUNING_RATES = (1e-3, 2e-3, 4e-3), (1e-3, 2e-3, 4e-3, 8e-3)
 SWEEP_DATASET, SWEEP_SEED = "phantom", 100
 
 # What the sweep chose, of pre-training and of fine-tuning, by budget and system (docs/results/sweep.md). A system that
