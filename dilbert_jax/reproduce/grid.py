@@ -24,8 +24,9 @@ FIGURES = ("7", "8", "9", "10")
 SHAPES = {"3L8H": (3, 8), "6L6H": (6, 6), "9L9H": (9, 9)}
 MAIN_SHAPE = "3L8H"  # of Tables V to VII
 
-# The sweep: every system at these learning rates, on this set and a seed of its own, judged on validation clips.
-PRETRAINING_RATES, FINETUNING_RATES = (1e-3, 2e-3, 4e-3), (1e-3, 2e-3, 4e-3, 8e-3)
+# The sweep: every system at these learning rates of either phase, and at one beyond where the best is the lowest or the
+# highest, on this set and a seed of its own, judged on validation clips.
+SWEPT_RATES = (1e-3, 2e-3, 4e-3)
 SWEEP_DATASET, SWEEP_SEED = "phantom", 100
 
 # What the sweep chose, of pre-training and of fine-tuning, by budget and system (docs/results/sweep.md). A system that
@@ -184,16 +185,22 @@ def plan(
 
 
 def plan_sweep(systems: Sequence[str], budget: str) -> list[Cell]:
-    """Every system at every rate of pre-training; then, pre-trained at that of `learning_rates`, at every other."""
-    sizes = {s: MAIN_SHAPE if find_system(s).distilled else "matched" for s in systems}
-    rates = {s: [(rate, rate) for rate in PRETRAINING_RATES] for s in systems}
+    """Every system at each rate of pre-training; then, pre-trained at that of `learning_rates`, at each of fine-tuning.
+
+    A rate of `learning_rates` is never the lowest or the highest tried.
+    """
+    cells = []
     for system in systems:
-        rates[system] += [(learning_rates(system, budget)[0], rate) for rate in FINETUNING_RATES]
-    return [
-        Cell(SWEEP_DATASET, s, sizes[s], SWEEP_SEED, pair)
-        for s in systems
-        for pair in dict.fromkeys(rates[s])
-    ]
+        pretraining, finetuning = learning_rates(system, budget)
+        pairs = [(rate, rate) for rate in _with_neighbours(pretraining)]
+        pairs += [(pretraining, rate) for rate in _with_neighbours(finetuning)]
+        size = MAIN_SHAPE if find_system(system).distilled else "matched"
+        cells += [Cell(SWEEP_DATASET, system, size, SWEEP_SEED, pair) for pair in dict.fromkeys(pairs)]
+    return cells
+
+
+def _with_neighbours(kept: float) -> list[float]:
+    return sorted({*SWEPT_RATES, kept / 2, kept * 2})
 
 
 def learning_rates(system: str, budget: str) -> tuple[float, float]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from dilbert_jax.models import find_system
 from dilbert_jax.reproduce.cells import read_cell
-from dilbert_jax.reproduce.grid import FINETUNING_RATES, PRETRAINING_RATES, Cell, learning_rates
+from dilbert_jax.reproduce.grid import SWEPT_RATES, Cell, learning_rates
 from dilbert_jax.reproduce.tables import TITLES
 
 HEADS = ("condition", "findings")
@@ -37,21 +37,24 @@ def write_sweep(cells: Sequence[Cell], budget: str, output: pathlib.Path, comman
     lines = [
         f"# Learning rates by system (budget `{budget}`)",
         "",
-        f"`{command}`: every system once at each rate, the same budget, on one seed, which no table uses. The rate "
-        "with the best mean on validation clips is kept, of DILBERT that of its student.",
+        f"`{command}`: every system once at {', '.join(f'{rate:g}' for rate in SWEPT_RATES)}, and at one rate beyond "
+        "where the best of them is the lowest or the highest; the same budget, on one seed, which no table uses. The "
+        "rate with the best mean on validation clips is kept, of DILBERT that of its student.",
     ]
     scores, kept = {}, {}
     annotation = "macro F1 of condition and findings"
     tasks = f"MLM R@10, MDC R@1, MOC R@1, accuracy of matching and, fine-tuned at the same rate, mean {annotation}"
-    for part, rates, asked, cells_of_part, score in (
-        ("pre-training", PRETRAINING_RATES, tasks, before, _pretraining_score),
-        ("fine-tuning", FINETUNING_RATES, annotation, after, _annotation_score),
+    for part, asked, rates, score in (
+        ("pre-training", tasks, before, _pretraining_score),
+        ("fine-tuning", annotation, after, _annotation_score),
     ):
-        scores[part] = {system: _scores(system, cells_of_part, found, score) for system in systems}
+        tried = {s: sorted(rate for cell, rate in rates.items() if cell.system == s) for s in systems}
+        columns = sorted(set(rates.values()))
+        scores[part] = {system: _scores(system, rates, found, score) for system in systems}
         kept[part] = {
             system: max(by_rate, key=lambda rate: (by_rate[rate].get("student", 0.0), -rate))
             for system, by_rate in scores[part].items()
-            if len(by_rate) == len(rates)
+            if len(by_rate) == len(tried[system])
         }
         at = "" if part == "pre-training" else "pre-trained at | "
         lines += [
@@ -60,14 +63,15 @@ def write_sweep(cells: Sequence[Cell], budget: str, output: pathlib.Path, comman
             "",
             f"Mean of {asked}.",
             "",
-            f"| system | {at}" + " | ".join(f"{rate:g}" for rate in rates) + " | kept |",
-            "|---" * (len(rates) + (3 if at else 2)) + "|",
+            f"| system | {at}" + " | ".join(f"{rate:g}" for rate in columns) + " | kept |",
+            "|---" * (len(columns) + (3 if at else 2)) + "|",
         ]
         for system in systems:
             title = TITLES.get(system, system)
             start = f"{learning_rates(system, budget)[0]:g} | " if at else ""
             for network in ("student", "teacher")[: 1 + find_system(system).distilled]:
-                texts = [_text(scores[part][system].get(rate), network) for rate in rates]
+                by_rate = scores[part][system]
+                texts = [_text(by_rate.get(r), network) if r in tried[system] else "" for r in columns]
                 best = f"{kept[part][system]:g}" if network == "student" and system in kept[part] else ""
                 row = f"{title}'s teacher" if network == "teacher" else title
                 lines.append(f"| {row} | {start}{' | '.join(texts)} | {best} |")
