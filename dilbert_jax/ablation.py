@@ -65,6 +65,7 @@ FIRST_STAGE = {
             "loss.grounding",
             "train.finetune_epochs",
             "train.finetune_rate_scale",
+            "train.finetune_video_rate_scale",
         ),
         "finetune",
     ),

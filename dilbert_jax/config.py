@@ -89,6 +89,9 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     optimizer.momentum = 0.9
     optimizer.warmup_fraction = 0.05
     optimizer.clip_norm = 1.0
+    optimizer.video_rate_scale = (
+        1.0  # learning rate of the 3-D CNN relative to all else's, before fine-tuning
+    )
 
     config.loss = loss = ml_collections.ConfigDict()
     # The paper weighs the four tasks 1 each and has no summary task (0). Small sets need other weights: MDC and
@@ -130,6 +133,7 @@ def default_config(preset: str = "small") -> ml_collections.ConfigDict:
     train.finetune_epochs = 10.0
     train.mutual_rate_scale = 1.0  # learning rate of each stage relative to optimizer.learning_rate
     train.finetune_rate_scale = 1.0
+    train.finetune_video_rate_scale = 1.0  # of the 3-D CNN relative to all else's, in fine-tuning
     train.log_every_steps = 10
     train.weight_points = 0  # how often a stage writes the spread of its weights to weights.jsonl; 0 = never
     train.checkpoint_every_seconds = 30.0
@@ -222,10 +226,12 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         "data.min_entity_count", "model.hidden_size", "model.num_layers", "model.num_heads", "model.ffn_size"
     )
     positive("model.channels", "model.blocks", "model.stem_patch", "model.region_bins", "model.visual_words")
-    positive("optimizer.learning_rate", "train.log_every_steps", "train.checkpoint_every_seconds")
+    positive("optimizer.learning_rate", "optimizer.video_rate_scale")
+    positive("train.log_every_steps", "train.checkpoint_every_seconds")
     positive(
         "train.mutual_rate_scale",
         "train.finetune_rate_scale",
+        "train.finetune_video_rate_scale",
         "evaluate.num_resamples",
         "evaluate.mask_repeats",
     )

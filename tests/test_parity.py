@@ -104,7 +104,7 @@ def random_params(config, seed=0):
 
 
 def make_setting(config, num_steps=1, **loss):
-    optimizer = OptimizerConfig("sgd", 0.1, warmup_fraction=0.4)
+    optimizer = OptimizerConfig("sgd", 0.1, warmup_fraction=0.4, video_rate_scale=0.5)
     batches = [padded_batch(i) for i in range(num_steps)]
     return Setting(config, LossConfig(**loss), optimizer, batches, padded_batch(9), NAMES, "test")
 

@@ -268,6 +268,29 @@ def test_stages_of_other_lengths_and_rates_share_the_program_of_the_update():
     assert steps._compiled_update._cache_size() == programs
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_3d_cnn_has_a_rate_of_its_own(name, rng):
+    """Everything else is updated as if it had none, and the CNN as if all had its rate."""
+    params = {
+        part: {"kernel": jnp.asarray(rng.standard_normal(5), jnp.float32)} for part in ("video", "layers_0")
+    }
+    gradients = [jax.tree.map(lambda p, g=g: p * g, params) for g in (0.1, -0.3, 0.2)]
+
+    def updates(rate, scale):
+        optimizer = make_optimizer(
+            OptimizerConfig(name, rate, weight_decay=0.1, clip_norm=0.2, video_rate_scale=scale), 10
+        )
+        state = optimizer.init(params)
+        for gradient in gradients:
+            found, state = optimizer.update(gradient, state, params)
+        return {part: found[part]["kernel"] for part in params}
+
+    own, same, low = updates(0.2, 0.25), updates(0.2, 1.0), updates(0.05, 1.0)
+    np.testing.assert_array_equal(own["layers_0"], same["layers_0"])
+    np.testing.assert_allclose(own["video"], low["video"], rtol=1e-6)
+    assert np.abs(own["video"]).min() > 0
+
+
 def test_an_unknown_optimizer_is_refused():
     with pytest.raises(ValueError, match=r"optimizer.name is 'lamb'"):
         make_optimizer(OptimizerConfig("lamb"), 10)

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.xdist_group("reproduce")
 
 
 def swept_record(cell, pretraining, annotation):
-    """A record whose mean over tasks and annotation is `pretraining`."""
-    swept = record(cell, (5 * pretraining - annotation) / 4)
+    """A record in which the mean of tasks and annotation is `pretraining`."""
+    swept = record(cell, 2 * pretraining - annotation)
     for network in swept["evaluation"]["networks"].values():
         network["annotation"] = evaluation(annotation)["networks"]["student"]["annotation"]
     return swept
@@ -25,10 +25,13 @@ def swept_record(cell, pretraining, annotation):
 def test_the_sweep_never_sees_test_clips_and_keeps_the_best_rates(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(grid.LEARNING_RATES, "cpu", {"bert": (2e-3, 1e-3)})
     plan = grid.plan_sweep(["bert", "dilbert"], "cpu")
-    assert len(plan) == 13 and {c.seed for c in plan} == {grid.SWEEP_SEED}
+    assert len(plan) == 11 and {c.seed for c in plan} == {grid.SWEEP_SEED}
     assert [grid.parse_cell(cell.name) for cell in plan] == plan
-    assert plan[3].name == "phantom/bert/matched@0.002+0.0005/100"
-    config = grid.cell_config(plan[3], "cpu")
+    assert [cell.name.split("@")[1] for cell in plan[:6]] == [
+        *("0.0005+0.001/100", "0.001/100", "0.002+0.001/100", "0.004+0.001/100"),
+        *("0.002+0.0005/100", "0.002/100"),
+    ]
+    config = grid.cell_config(plan[4], "cpu")
     assert (config.optimizer.learning_rate, config.train.finetune_rate_scale) == (2e-3, 0.25)
     assert not config.train.evaluate_after
     table = grid.cell_config(grid.parse_cell("phantom/bert/matched/0"), "cpu")
@@ -37,21 +40,21 @@ def test_the_sweep_never_sees_test_clips_and_keeps_the_best_rates(tmp_path, caps
         folder = cells.workdir_of(cell, tmp_path)
         folder.mkdir(parents=True)
         pretraining = 0.5 if cell.rates[0] == (2e-3 if cell.system == "bert" else 1e-3) else 0.4
-        annotation = 0.7 if cell.rates[1] == (1e-3 if cell.system == "bert" else 5e-4) else 0.3
+        annotation = 0.7 if cell.rates[1] == (1e-3 if cell.system == "bert" else 2e-3) else 0.3
         (folder / "cell.json").write_text(json.dumps(swept_record(cell, pretraining, annotation)))
     options = ["--sweep", "--systems=bert,dilbert", "--budget=cpu", "--report"]
     assert command.main([*options, f"--output={tmp_path}"]) == 0
     content = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))
     assert content["kept"] == {
         "pre-training": {"bert": 2e-3, "dilbert": 1e-3},
-        "fine-tuning": {"bert": 1e-3, "dilbert": 5e-4},
+        "fine-tuning": {"bert": 1e-3, "dilbert": 2e-3},
     }
     text = (tmp_path / "sweep.md").read_text(encoding="utf-8")
-    assert "| BERT |  | 0.400 | 0.500 | 0.400 | 0.002 |" in text
-    assert "| DILBERT's teacher | 0.400 | 0.500 | 0.400 | 0.400 |  |" in text
-    assert "| BERT | 0.002 | 0.300 | 0.700 | 0.300 | 0.300 | 0.001 |" in text
-    assert "| DILBERT | 0.001 | 0.700 | 0.300 | 0.300 | 0.300 | 0.0005 |" in text
-    assert "13 of 13 cells" in text and "validation clips of phantom/large, commit abc, device cpu" in text
+    assert "| BERT | 0.001 | 0.400 | 0.400 | 0.500 | 0.400 | 0.002 |" in text
+    assert "| DILBERT's teacher | 0.001 | 0.400 | 0.500 | 0.400 |  |  |" in text
+    assert "| BERT | 0.002 | 0.300 | 0.700 | 0.300 | 0.001 |" in text
+    assert "| DILBERT | 0.001 | 0.300 | 0.300 | 0.700 | 0.002 |" in text
+    assert "11 of 11 cells" in text and "validation clips of phantom/large, commit abc, device cpu" in text
 
 
 def test_cells_that_only_fine_tune_otherwise_start_from_one_pre_training(tmp_path):
@@ -75,6 +78,9 @@ def test_cells_that_only_fine_tune_otherwise_start_from_one_pre_training(tmp_pat
     assert load_config(folder / "config.json").to_dict() == grid.cell_config(second, "cpu").to_dict()
     assert (folder / "metrics.jsonl").read_text() == '{"stage": "student"}\n'
     assert (folder / "commits.txt").read_text() == "abc\n"
+    other = grid.parse_cell(f"phantom/{system}/matched@0.002/100")
+    cells.take_pretraining(other, tmp_path, "cpu")
+    assert not cells.workdir_of(other, tmp_path).exists()  # none pre-trained at its rate
 
 
 def test_a_sweep_goes_on_elsewhere_and_keeps_no_rate_before_its_end(tmp_path, capsys, monkeypatch):
@@ -97,8 +103,8 @@ def test_a_sweep_goes_on_elsewhere_and_keeps_no_rate_before_its_end(tmp_path, ca
         kept = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["kept"]
         assert kept["pre-training"] == {"bert": 1e-3}
         text = (folder / "sweep.md").read_text(encoding="utf-8")
-        assert "| BERT | diverged | 0.400 | 0.400 | 0.400 | 0.001 |" in text
-        assert "| HERO |  | 0.400 | – | 0.400 |  |" in text and "11 of 12 cells" in text
+        assert "| BERT | 0.001 | diverged | 0.400 | 0.400 |  | 0.001 |" in text
+        assert "| HERO | 0.002 | 0.400 | 0.400 | – | 0.400 |  |" in text and "11 of 12 cells" in text
 
 
 def test_the_tables_use_the_rates_that_the_published_sweep_kept():

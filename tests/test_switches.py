@@ -273,6 +273,18 @@ def test_a_stage_of_one_step_is_told_of(experiment, caplog, epochs, warned):
     assert (float(make_schedule(stage.optimizer, stage.num_steps)(stage.num_steps - 1)) == 0.0) is warned
 
 
+@pytest.mark.parametrize(
+    ("name", "rate", "video"), [("student", 1.0, 0.5), ("mutual", 0.5, 0.5), ("finetune", 0.25, 4.0)]
+)
+def test_every_stage_has_its_own_rates(experiment, name, rate, video):
+    config = experiment.context.config.copy_and_resolve_references()
+    config.optimizer.update(learning_rate=0.1, video_rate_scale=0.5)
+    config.train.update(mutual_rate_scale=0.5, finetune_rate_scale=0.25, finetune_video_rate_scale=4.0)
+    changed = dataclasses.replace(experiment, context=dataclasses.replace(experiment.context, config=config))
+    optimizer = stages.make_stage(name, changed, {"student": {"kernel": 1.0}}, make_mesh()).optimizer
+    assert (optimizer.learning_rate, optimizer.video_rate_scale) == (pytest.approx(0.1 * rate), video)
+
+
 # --- D22, optimizer ---------------------------------------------------------------------------------------
 
 

@@ -77,6 +77,14 @@ def clip_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Ten
     return norm
 
 
+def _groups(network: TorchDilbert, video_rate_scale: float) -> list[dict[str, Any]]:
+    """The 3-D CNN's parameters and all others, each with what its learning rate is multiplied by."""
+    video, others = [], []
+    for name, parameter in network.named_parameters():
+        (video if name.startswith("video.") else others).append(parameter)
+    return [{"params": others, "rate_scale": 1.0}, {"params": video, "rate_scale": video_rate_scale}]
+
+
 class Training:
     """Networks under one objective, each with its own optimizer.
 
@@ -112,14 +120,16 @@ class Training:
         for name, network in networks.items():
             if optimizer.name == "sgd":
                 self.optimizers[name] = torch.optim.SGD(
-                    network.parameters(),
+                    _groups(network, optimizer.video_rate_scale),
                     lr=optimizer.learning_rate,
                     momentum=optimizer.momentum,
                     weight_decay=optimizer.weight_decay,
                 )
             elif optimizer.name == "adamw":
                 self.optimizers[name] = torch.optim.AdamW(
-                    network.parameters(), lr=optimizer.learning_rate, weight_decay=optimizer.weight_decay
+                    _groups(network, optimizer.video_rate_scale),
+                    lr=optimizer.learning_rate,
+                    weight_decay=optimizer.weight_decay,
                 )
             else:
                 raise ValueError(f"optimizer.name is {optimizer.name!r}; choose 'sgd' or 'adamw'")
@@ -145,7 +155,7 @@ class Training:
             norm = clip_global_norm(self.networks[name].parameters(), self.config.clip_norm)
             metrics[f"{name}/gradient_norm"] = norm
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["rate_scale"]
             optimizer.step()
         self.steps_done += 1
         return {name: value.detach() for name, value in {**metrics, "loss": loss}.items()}

@@ -36,6 +36,7 @@ from dilbert_jax.reproduce.grid import (
     TABLES,
     Cell,
     expected_minutes,
+    learning_rates,
     parse_cell,
     part_of,
     plan,
@@ -81,8 +82,12 @@ def run_side_by_side(cells: Sequence[Cell], jobs: int, budget: str, output: path
       ValueError: some of them failed; the others are finished.
     """
     waiting = [cell for cell in cells if read_cell(cell, output, budget) is None]
-    # What the sweep only fine-tunes otherwise starts from the others.
-    waiting.sort(key=lambda c: (c.seed, len(set(c.rates or ())), -expected_minutes([c], budget)))
+
+    def only_fine_tunes(cell: Cell) -> bool:
+        """Whether another cell of the sweep pre-trains for this one."""
+        return cell.rates is not None and cell.rates[1] != learning_rates(cell.system, budget)[1]
+
+    waiting.sort(key=lambda c: (c.seed, only_fine_tunes(c), -expected_minutes([c], budget)))
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     shares = [cores[job::jobs] for job in range(jobs)]
     running: dict[Cell, tuple[subprocess.Popen[bytes], list[int]]] = {}

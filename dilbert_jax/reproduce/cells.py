@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import pathlib
@@ -75,12 +74,16 @@ def run_cells(cells: Sequence[Cell], budget: str, output: pathlib.Path, command:
 
 
 def take_pretraining(cell: Cell, output: pathlib.Path, budget: str) -> None:
-    """Starts a cell of the sweep that only fine-tunes otherwise than a finished one with what that one pre-trained."""
-    if cell.rates is None or cell.rates[0] == cell.rates[1]:
+    """Starts a cell of the sweep with what another pre-trained at the same rate, if one is complete and this is new."""
+    if cell.rates is None or workdir_of(cell, output).exists():
         return
-    source = dataclasses.replace(cell, rates=(cell.rates[0],) * 2)
-    if read_cell(source, output, budget) is not None and is_complete(workdir_of(source, output)):
-        copy_stages(workdir_of(source, output), workdir_of(cell, output), cell_config(cell, budget))
+    for folder in sorted(workdir_of(cell, output).parents[1].glob(f"{cell.size}@*/{cell.seed}")):
+        source = parse_cell(folder.relative_to(output / "runs").as_posix())
+        if source.rates is None or source.rates[0] != cell.rates[0]:
+            continue
+        if is_complete(folder) and read_cell(source, output, budget) is not None:
+            copy_stages(folder, workdir_of(cell, output), cell_config(cell, budget))
+            return
 
 
 def _note_commit(folder: pathlib.Path, code: str) -> str:

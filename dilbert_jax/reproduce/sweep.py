@@ -22,18 +22,20 @@ TASKS = {"mlm": "recall_at_10", "mdc": "recall_at_1", "moc": "recall_at_1", "cmm
 def write_sweep(cells: Sequence[Cell], budget: str, output: pathlib.Path, command: str) -> pathlib.Path:
     """Writes sweep.md and sweep.json: what each system learned on validation clips, by learning rate.
 
-    Pre-training is judged by its tasks and by annotation after fine-tuning at the same rate, five figures of equal
-    weight; fine-tuning, after pre-training at the rate of `learning_rates`, by annotation. A system whose cells are not
-    all finished keeps no rate yet. sweep.json holds every finished cell, for `--reuse`.
+    Pre-training is judged half by its tasks, half by annotation after it; fine-tuning by annotation. While one phase is
+    tried, the other has its rate of `learning_rates`. A system whose cells are not all finished keeps no rate yet.
+    sweep.json holds every finished cell, for `--reuse`.
     """
     found = {cell: record for cell in cells if (record := read_cell(cell, output, budget)) is not None}
     systems = list(dict.fromkeys(cell.system for cell in cells))
-    before = {cell: cell.rates[0] for cell in cells if cell.rates and cell.rates[0] == cell.rates[1]}
-    after = {
-        cell: cell.rates[1]
-        for cell in cells
-        if cell.rates and cell.rates[0] == learning_rates(cell.system, budget)[0]
-    }
+    before, after = (
+        {
+            cell: cell.rates[phase]
+            for cell in cells
+            if cell.rates and cell.rates[1 - phase] == learning_rates(cell.system, budget)[1 - phase]
+        }
+        for phase in (0, 1)
+    )
     lines = [
         f"# Learning rates by system (budget `{budget}`)",
         "",
@@ -42,11 +44,13 @@ def write_sweep(cells: Sequence[Cell], budget: str, output: pathlib.Path, comman
         "rate with the best mean on validation clips is kept, of DILBERT that of its student.",
     ]
     scores, kept = {}, {}
-    annotation = "macro F1 of condition and findings"
-    tasks = f"MLM R@10, MDC R@1, MOC R@1, accuracy of matching and, fine-tuned at the same rate, mean {annotation}"
-    for part, asked, rates, score in (
-        ("pre-training", tasks, before, _pretraining_score),
-        ("fine-tuning", annotation, after, _annotation_score),
+    annotation = "macro F1 of condition and findings after fine-tuning"
+    tasks = (
+        "half the mean of MLM R@10, MDC R@1, MOC R@1 and accuracy of matching, half that of the " + annotation
+    )
+    for phase, part, asked, rates, score in (
+        (0, "pre-training", tasks, before, _pretraining_score),
+        (1, "fine-tuning", "the mean " + annotation, after, _annotation_score),
     ):
         tried = {s: sorted(rate for cell, rate in rates.items() if cell.system == s) for s in systems}
         columns = sorted(set(rates.values()))
@@ -56,25 +60,25 @@ def write_sweep(cells: Sequence[Cell], budget: str, output: pathlib.Path, comman
             for system, by_rate in scores[part].items()
             if len(by_rate) == len(tried[system])
         }
-        at = "" if part == "pre-training" else "pre-trained at | "
+        at = "pre-trained at" if phase else "fine-tuned at"
         lines += [
             "",
             f"## {part.capitalize()}",
             "",
-            f"Mean of {asked}.",
+            f"Judged by {asked}.",
             "",
-            f"| system | {at}" + " | ".join(f"{rate:g}" for rate in columns) + " | kept |",
-            "|---" * (len(columns) + (3 if at else 2)) + "|",
+            f"| system | {at} | {' | '.join(f'{rate:g}' for rate in columns)} | kept |",
+            "|---" * (len(columns) + 3) + "|",
         ]
         for system in systems:
             title = TITLES.get(system, system)
-            start = f"{learning_rates(system, budget)[0]:g} | " if at else ""
+            start = f"{learning_rates(system, budget)[1 - phase]:g}"
             for network in ("student", "teacher")[: 1 + find_system(system).distilled]:
                 by_rate = scores[part][system]
                 texts = [_text(by_rate.get(r), network) if r in tried[system] else "" for r in columns]
                 best = f"{kept[part][system]:g}" if network == "student" and system in kept[part] else ""
                 row = f"{title}'s teacher" if network == "teacher" else title
-                lines.append(f"| {row} | {start}{' | '.join(texts)} | {best} |")
+                lines.append(f"| {row} | {start} | {' | '.join(texts)} | {best} |")
     lines += ["", f"{len(found)} of {len(cells)} cells; {_sweep_data(found.values())}."]
     path = output / "sweep.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -112,7 +116,7 @@ def _text(networks: Mapping[str, float] | None, network: str) -> str:
 
 def _pretraining_score(network: Mapping[str, Any]) -> float:
     tasks = [network["pretraining"][task][figure] for task, figure in TASKS.items()]
-    return float(np.mean([*tasks, _annotation_score(network)]))
+    return float(np.mean(tasks) + _annotation_score(network)) / 2
 
 
 def _annotation_score(network: Mapping[str, Any]) -> float:

@@ -24,6 +24,7 @@ class OptimizerConfig:
       momentum: for sgd.
       warmup_fraction: share of the steps with a linear warm-up; cosine to zero after it.
       clip_norm: global gradient norm; 0 = no clipping.
+      video_rate_scale: learning rate of the 3-D CNN relative to that of everything else.
     """
 
     name: str = "sgd"
@@ -32,6 +33,7 @@ class OptimizerConfig:
     momentum: float = 0.9
     warmup_fraction: float = 0.05
     clip_norm: float = 1.0
+    video_rate_scale: float = 1.0
 
 
 @flax.struct.dataclass
@@ -65,6 +67,7 @@ class Optimizer:
     weight_decay: float = flax.struct.field(pytree_node=False)
     momentum: float = flax.struct.field(pytree_node=False)
     clip_norm: float = flax.struct.field(pytree_node=False)
+    video_rate_scale: float = flax.struct.field(pytree_node=False)
 
     def init(self, params: Any) -> Any:
         return self._transformation().init(params)
@@ -77,8 +80,13 @@ class Optimizer:
         clip = _clip(self.clip_norm) if self.clip_norm else optax.identity()
         if self.name == "sgd":
             decay = optax.add_decayed_weights(self.weight_decay, mask=_decayed)
-            return optax.chain(clip, decay, optax.sgd(self.schedule, momentum=self.momentum))
-        return optax.chain(clip, optax.adamw(self.schedule, weight_decay=self.weight_decay, mask=_decayed))
+            rule = optax.chain(decay, optax.sgd(self.schedule, momentum=self.momentum))
+        else:
+            rule = optax.adamw(self.schedule, weight_decay=self.weight_decay, mask=_decayed)
+        if self.video_rate_scale == 1.0:
+            return optax.chain(clip, rule)
+        # An update is the rate times what depends on no rate: scaling it is scaling the rate.
+        return optax.chain(clip, rule, optax.masked(optax.scale(self.video_rate_scale), _of_video))
 
 
 def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
@@ -108,6 +116,11 @@ def _decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(is_trained, params)
 
 
+def _of_video(params: Any) -> Any:
+    """Which parameters are the 3-D CNN's."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[0], "key", "") == "video", params)
+
+
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> Optimizer:
     """Builds the optimizer for a stage of `num_steps` steps.
 
@@ -117,4 +130,6 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> Optimizer:
     if config.name not in ("sgd", "adamw"):
         raise ValueError(f"optimizer.name is {config.name!r}; choose 'sgd' or 'adamw'")
     schedule = make_schedule(config, num_steps)
-    return Optimizer(schedule, config.name, config.weight_decay, config.momentum, config.clip_norm)
+    return Optimizer(
+        schedule, config.name, config.weight_decay, config.momentum, config.clip_norm, config.video_rate_scale
+    )

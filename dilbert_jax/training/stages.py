@@ -123,6 +123,8 @@ def make_stage(name: str, experiment: Experiment, params: Mapping[str, Any], mes
     )
     optimizer = OptimizerConfig(**config.optimizer)
     optimizer = dataclasses.replace(optimizer, learning_rate=optimizer.learning_rate * rate)
+    if name == "finetune":
+        optimizer = dataclasses.replace(optimizer, video_rate_scale=train_config.finetune_video_rate_scale)
 
     start: dict[str, Any]
     frozen: Any
