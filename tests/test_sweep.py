@@ -6,7 +6,7 @@ import pathlib
 import pytest
 from cell_samples import evaluation, record
 
-from dilbert_jax.config import load_config, save_config
+from dilbert_jax.config import REVISION, default_config, load_config, save_config
 from dilbert_jax.models import SYSTEMS
 from dilbert_jax.reproduce import __main__ as command
 from dilbert_jax.reproduce import cells, grid
@@ -108,9 +108,12 @@ def test_a_sweep_goes_on_elsewhere_and_keeps_no_rate_before_its_end(tmp_path, ca
 
 
 def test_the_tables_use_the_rates_that_the_published_sweep_kept():
-    published = pathlib.Path(__file__).parents[1] / "docs" / "results" / "sweep.json"
-    kept = json.loads(published.read_text(encoding="utf-8"))["kept"]
-    assert set(kept["pre-training"]) == set(kept["fine-tuning"]) == set(SYSTEMS)
+    """A system whose sweep is not finished, or is of another revision, has the budget's rate."""
+    path = pathlib.Path(__file__).parents[1] / "docs" / "results" / "sweep.json"
+    published = json.loads(path.read_text(encoding="utf-8"))
+    of_today = {record["cell"] for record in published["cells"] if record.get("revision", 1) == REVISION}
     for system in SYSTEMS:
-        rates = kept["pre-training"][system], kept["fine-tuning"][system]
-        assert grid.learning_rates(system, "cpu") == rates
+        rates = tuple(published["kept"][phase].get(system) for phase in ("pre-training", "fine-tuning"))
+        swept = any(grid.parse_cell(name).system == system for name in of_today) and None not in rates
+        default = default_config("tiny").optimizer.learning_rate
+        assert grid.learning_rates(system, "cpu") == (rates if swept else (default, default))

@@ -31,16 +31,7 @@ SWEEP_DATASET, SWEEP_SEED = "phantom", 100
 
 # What the sweep chose, of pre-training and of fine-tuning, by budget and system (docs/results/sweep.md). A system that
 # is not here has the budget's rate for both.
-LEARNING_RATES: dict[str, dict[str, tuple[float, float]]] = {
-    "cpu": {
-        "bert": (1e-3, 4e-3),
-        "cbt": (1e-3, 4e-3),
-        "hero": (1e-3, 2e-3),
-        "mmft_bert": (1e-3, 2e-3),
-        "actbert": (5e-4, 4e-3),
-        "dilbert": (1e-3, 4e-3),
-    }
-}
+LEARNING_RATES: dict[str, dict[str, tuple[float, float]]] = {}
 
 # What each set needs: its own folder, folds where it has no split of its own (a seed tests one of them), lengths.
 DATASETS: dict[str, dict[str, Any]] = {
