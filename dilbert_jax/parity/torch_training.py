@@ -79,7 +79,8 @@ def clip_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Ten
 
 def _groups(network: TorchDilbert, video_rate_scale: float) -> list[dict[str, Any]]:
     """The 3-D CNN's parameters and all others, each with what its learning rate is multiplied by."""
-    video, others = [], []
+    video: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         (video if name.startswith("video.") else others).append(parameter)
     return [{"params": others, "rate_scale": 1.0}, {"params": video, "rate_scale": video_rate_scale}]
