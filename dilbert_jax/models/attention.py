@@ -22,7 +22,7 @@ def bert_init(width: int) -> nn.initializers.Initializer:
     """How a matrix of a transformer of this width starts: as BERT's, in proportion to 1/sqrt(width).
 
     BERT draws with deviation 0.02 at width 768. Flax's default is about twice that, and deep networks then learn
-    masked words late or never (docs/reproduction.md).
+    masked words late or never (docs/experiments.md).
     """
     return nn.initializers.normal(0.02 * (768 / width) ** 0.5)
 

@@ -22,7 +22,7 @@ def sinusoids(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> A
 
     The same distance is the same rotation everywhere, so that attention to a neighbour need not be learned for every
     position by itself, as from random vectors: words masked in reports are learned in fewer updates
-    (docs/reproduction.md, "How the cpu budget came about").
+    (docs/experiments.md, "How the cpu budget came about").
 
     Args:
       key: not used; every network starts from the same positions.
