@@ -80,13 +80,12 @@ class Optimizer:
         clip = _clip(self.clip_norm) if self.clip_norm else optax.identity()
         if self.name == "sgd":
             decay = optax.add_decayed_weights(self.weight_decay, mask=_decayed)
-            rule = optax.chain(decay, optax.sgd(self.schedule, momentum=self.momentum))
+            rules = [decay, optax.sgd(self.schedule, momentum=self.momentum)]
         else:
-            rule = optax.adamw(self.schedule, weight_decay=self.weight_decay, mask=_decayed)
-        if self.video_rate_scale == 1.0:
-            return optax.chain(clip, rule)
-        # An update is the rate times what depends on no rate: scaling it is scaling the rate.
-        return optax.chain(clip, rule, optax.masked(optax.scale(self.video_rate_scale), _of_video))
+            rules = [optax.adamw(self.schedule, weight_decay=self.weight_decay, mask=_decayed)]
+        if self.video_rate_scale != 1.0:  # an update is the rate times what depends on no rate
+            rules.append(optax.masked(optax.scale(self.video_rate_scale), _of_video))
+        return optax.chain(clip, *rules)
 
 
 def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
