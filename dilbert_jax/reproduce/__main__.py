@@ -35,8 +35,8 @@ from dilbert_jax.reproduce.grid import (
     FIGURES,
     TABLES,
     Cell,
+    budget_rate,
     expected_minutes,
-    learning_rates,
     parse_cell,
     part_of,
     plan,
@@ -85,7 +85,7 @@ def run_side_by_side(cells: Sequence[Cell], jobs: int, budget: str, output: path
 
     def only_fine_tunes(cell: Cell) -> bool:
         """Whether another cell of the sweep pre-trains for this one."""
-        return cell.rates is not None and cell.rates[1] != learning_rates(cell.system, budget)[1]
+        return cell.rates is not None and cell.rates[1] != budget_rate(budget)
 
     waiting.sort(key=lambda c: (c.seed, only_fine_tunes(c), -expected_minutes([c], budget)))
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []

@@ -11,7 +11,7 @@ import numpy as np
 
 from dilbert_jax.models import find_system
 from dilbert_jax.reproduce.cells import read_cell
-from dilbert_jax.reproduce.grid import SWEPT_RATES, Cell, learning_rates
+from dilbert_jax.reproduce.grid import Cell, budget_rate, learning_rates
 from dilbert_jax.reproduce.tables import TITLES
 
 HEADS = ("condition", "findings")
@@ -22,26 +22,21 @@ TASKS = {"mlm": "recall_at_10", "mdc": "recall_at_1", "moc": "recall_at_1", "cmm
 def write_sweep(cells: Sequence[Cell], budget: str, output: pathlib.Path, command: str) -> pathlib.Path:
     """Writes sweep.md and sweep.json: what each system learned on validation clips, by learning rate.
 
-    Pre-training is judged half by its tasks, half by annotation after it; fine-tuning by annotation. While one phase is
-    tried, the other has its rate of `learning_rates`. A system whose cells are not all finished keeps no rate yet.
-    sweep.json holds every finished cell, for `--reuse`.
+    Pre-training is judged half by its tasks, half by annotation after it, fine-tuned at the budget's rate; fine-tuning
+    by annotation, from what was pre-trained at the rate of `learning_rates`. A phase whose cells are not all finished
+    keeps no rate yet. sweep.json holds every finished cell, for `--reuse`.
     """
     found = {cell: record for cell in cells if (record := read_cell(cell, output, budget)) is not None}
     systems = list(dict.fromkeys(cell.system for cell in cells))
-    before, after = (
-        {
-            cell: cell.rates[phase]
-            for cell in cells
-            if cell.rates and cell.rates[1 - phase] == learning_rates(cell.system, budget)[1 - phase]
-        }
-        for phase in (0, 1)
-    )
+    swept = [(cell, cell.rates) for cell in cells if cell.rates is not None]
+    before = {cell: rates[0] for cell, rates in swept if rates[1] == budget_rate(budget)}
+    after = {cell: rates[1] for cell, rates in swept if rates[0] == learning_rates(cell.system, budget)[0]}
     lines = [
         f"# Learning rates by system (budget `{budget}`)",
         "",
-        f"`{command}`: every system once at {', '.join(f'{rate:g}' for rate in SWEPT_RATES)}, and at one rate beyond "
-        "where the best of them is the lowest or the highest; the same budget, on one seed, which no table uses. The "
-        "rate with the best mean on validation clips is kept, of DILBERT that of its student.",
+        f"`{command}`: every system once at each rate of pre-training, then, from what the better of them learned, at "
+        "each of fine-tuning; the same budget, on one seed, which no table uses. The rate with the best mean on "
+        "validation clips is kept, of DILBERT that of its student.",
     ]
     scores, kept = {}, {}
     annotation = "macro F1 of condition and findings after fine-tuning"
@@ -72,7 +67,7 @@ def write_sweep(cells: Sequence[Cell], budget: str, output: pathlib.Path, comman
         ]
         for system in systems:
             title = TITLES.get(system, system)
-            start = f"{learning_rates(system, budget)[1 - phase]:g}"
+            start = f"{learning_rates(system, budget)[0] if phase else budget_rate(budget):g}"
             for network in ("student", "teacher")[: 1 + find_system(system).distilled]:
                 by_rate = scores[part][system]
                 texts = [_text(by_rate.get(r), network) if r in tried[system] else "" for r in columns]
