@@ -54,7 +54,7 @@ def test_the_sweep_never_sees_test_clips_and_keeps_the_best_rates(tmp_path, caps
     assert "| DILBERT's teacher | 0.001 | 0.500 | 0.400 |  |" in text
     assert "| BERT | 0.002 | 0.700 | 0.300 | 0.300 | 0.001 |" in text
     assert "| DILBERT | 0.001 | 0.300 | 0.700 | 0.300 | 0.002 |" in text
-    assert "8 of 8 cells" in text and "validation clips of phantom/large, commit abc, device cpu" in text
+    assert "8 of 8 cells" in text and "validation clips of phantom/large, device cpu; trained by abc" in text
 
 
 def test_cells_that_only_fine_tune_otherwise_start_from_one_pre_training(tmp_path):

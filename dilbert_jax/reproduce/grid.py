@@ -32,7 +32,13 @@ SWEEP_DATASET, SWEEP_SEED = "phantom", 100
 # What the sweep chose, of pre-training and of fine-tuning, by budget and system (docs/results/sweep.md). A system that
 # is not here has the budget's rate for both.
 LEARNING_RATES: dict[str, dict[str, tuple[float, float]]] = {
-    "cpu": {"hero": (2e-3, 1e-3), "mmft_bert": (2e-3, 1e-3), "dilbert": (2e-3, 1e-3)}
+    "cpu": {
+        "cbt": (1e-3, 2e-3),
+        "hero": (2e-3, 1e-3),
+        "mmft_bert": (2e-3, 1e-3),
+        "actbert": (1e-3, 4e-3),
+        "dilbert": (2e-3, 1e-3),
+    }
 }
 
 # What each set needs: its own folder, folds where it has no split of its own (a seed tests one of them), lengths.

@@ -120,12 +120,13 @@ def _annotation_score(network: Mapping[str, Any]) -> float:
 
 def _sweep_data(records: Iterable[Mapping[str, Any]]) -> str:
     """On what the cells of a sweep were trained and validated, by which code and where."""
+    evaluated = [record for record in records if "evaluation" in record]
+    commits = sorted({commit for record in evaluated for commit in record["commit"].split(", ")})
     kinds = {
         (
             f"{e['num_train_clips']} training and {e['num_clips']} validation clips of {e['dataset']}, "
-            f"commit {record['commit']}, device {e['device']}"
+            f"device {e['device']}"
         )
-        for record in records
-        if (e := record.get("evaluation"))
+        for e in (record["evaluation"] for record in evaluated)
     }
-    return "; ".join(sorted(kinds))
+    return "; ".join([*sorted(kinds), f"trained by {', '.join(commits)}"])
